@@ -1,0 +1,121 @@
+"""ClassBank: images grouped by class in one tensor, so that an episode is one index gather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 images as float in [0, 1]; anything else as it is."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+@dataclass(frozen=True)
+class ClassBank:
+    """Images of many classes, stored class after class in one tensor.
+
+    Attributes:
+        images: `(images, channels, height, width)` uint8 with ink or light high, or any float
+            features `(images, ...)`; rows of one class lie next to each other.
+        counts: images in each class, `(classes,)` int64; classes may differ in size.
+        names: one readable name per class, unique.
+        attributes: where known, a description of each class, `(classes, attributes)` float.
+
+    Raises:
+        ValueError: if counts, names and images contradict each other, or a class is empty.
+    """
+
+    images: Tensor
+    counts: Tensor
+    names: tuple[str, ...]
+    attributes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if int(self.counts.sum()) != len(self.images) or len(self.counts) != len(self.names):
+            raise ValueError(
+                f"{len(self.images)} images, counts that add up to {int(self.counts.sum())} and "
+                f"{len(self.names)} names for {len(self.counts)} classes: they must agree."
+            )
+        if len(self.counts) and int(self.counts.min()) == 0:
+            empty = self.names[int(self.counts.argmin())]
+            raise ValueError(f"Class {empty!r} has no image: drop it or add some.")
+
+    @classmethod
+    def from_classes(cls, images: Sequence[Tensor], names: Sequence[str]) -> ClassBank:
+        """Make a bank from one tensor `(n_k, ...)` per class."""
+        counts = torch.tensor([len(x) for x in images])
+        return cls(torch.cat(list(images)), counts, tuple(names))
+
+    def __len__(self) -> int:
+        """Number of classes."""
+        return len(self.counts)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """All images of class `index`."""
+        start = int(self.starts[index])
+        return self.images[start : start + int(self.counts[index])]
+
+    @property
+    def starts(self) -> Tensor:
+        """Row of each class's first image, `(classes,)` int64."""
+        return self.counts.cumsum(0) - self.counts
+
+    def select(self, classes: Sequence[int] | Tensor) -> ClassBank:
+        """The bank of the given classes only, in the given order."""
+        index = torch.as_tensor(classes)
+        images = torch.cat([self[k] for k in index.tolist()])
+        names = tuple(self.names[k] for k in index.tolist())
+        attributes = None if self.attributes is None else self.attributes[index]
+        return ClassBank(images, self.counts[index], names, attributes)
+
+    def with_rotations(self) -> ClassBank:
+        """Four classes for each one: turned by 0, 90, 180 and 270 degrees (Santoro et al. 2016).
+
+        Raises:
+            ValueError: if the images are not square.
+        """
+        if self.images.dim() != 4 or self.images.shape[-1] != self.images.shape[-2]:
+            raise ValueError(
+                f"Rotations need square images (n, channels, size, size), not {tuple(self.images.shape)}."
+            )
+        turned = [self.images.rot90(k, (-2, -1)) for k in range(4)]
+        names = tuple(f"{name}/rot{90 * k:03d}" for k in range(4) for name in self.names)
+        return ClassBank(torch.cat(turned), self.counts.repeat(4), names)
+
+    def to(self, device: torch.device | str) -> ClassBank:
+        """The same bank with its images on `device`; episodes are then gathered there."""
+        return replace(self, images=self.images.to(device))
+
+    @torch.no_grad()
+    def map(self, embed: Callable[[Tensor], Tensor], batch: int = 500) -> ClassBank:
+        """The bank of `embed(images)`: compute features once, then draw episodes of features.
+
+        Right only where an image's embedding does not depend on the task around it.
+        """
+        rows = [embed(as_float(x)).float() for x in self.images.split(batch)]
+        return replace(self, images=torch.cat(rows))
+
+
+class Parts(NamedTuple):
+    """Disjoint classes to learn from, to choose a model on, and to report on."""
+
+    train: ClassBank
+    validation: ClassBank
+    test: ClassBank
+
+
+def split_classes(bank: ClassBank, sizes: tuple[int, int, int], seed: int = 0) -> Parts:
+    """Shuffle the classes with `seed` and cut them into train, validation and test classes.
+
+    Raises:
+        ValueError: if the sizes do not add up to the number of classes.
+    """
+    if sum(sizes) != len(bank) or min(sizes) < 0:
+        raise ValueError(f"Parts of {sizes} classes do not add up to the {len(bank)} there are.")
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed))
+    return Parts(*(bank.select(part) for part in order.split(list(sizes))))

@@ -1,0 +1,64 @@
+"""An episode: the support and query sets of a batch of few-shot tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A batch of `tasks` tasks, each with a labelled support set and a query set to predict.
+
+    Labels run from 0 to `ways - 1` inside each task; they say nothing about other tasks.
+    Shapes are checked when the episode is made, so that what follows need not.
+
+    Attributes:
+        support_x: `(tasks, S, ...)`, inputs to learn from; images are float in [0, 1].
+        support_y: `(tasks, S)`, int64 labels in `[0, ways)`.
+        query_x: `(tasks, Q, ...)`, inputs to predict.
+        query_y: `(tasks, Q)`, int64 labels, seen only by the loss.
+        classes: `(tasks, ways)`, int64, the class of the bank behind each label.
+
+    Raises:
+        ValueError: if the shapes contradict each other or a label is out of range.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+    classes: Tensor
+
+    def __post_init__(self) -> None:
+        for part in ("support", "query"):
+            x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
+            if y.shape != x.shape[:2]:
+                raise ValueError(
+                    f"{part}_y has shape {tuple(y.shape)} but {part}_x starts with "
+                    f"{tuple(x.shape[:2])}: give one label per input, as (tasks, images)."
+                )
+            if y.dtype != torch.int64:
+                raise ValueError(f"{part}_y is {y.dtype}; labels must be torch.int64.")
+        if self.support_x.shape[2:] != self.query_x.shape[2:]:
+            raise ValueError(
+                f"support images have shape {tuple(self.support_x.shape[2:])} but query images "
+                f"{tuple(self.query_x.shape[2:])}: both must be alike."
+            )
+        if len(self.support_x) != len(self.query_x) or len(self.classes) != len(self.query_x):
+            raise ValueError(
+                f"support, query and classes hold {len(self.support_x)}, {len(self.query_x)} and "
+                f"{len(self.classes)} tasks: the first dimension must be the same."
+            )
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks in the batch."""
+        return self.support_x.shape[0]
+
+    @property
+    def ways(self) -> int:
+        """Number of classes in each task."""
+        return self.classes.shape[1]

@@ -1,0 +1,98 @@
+"""Episodes by index gather: N-way K-shot tasks drawn from a ClassBank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from metautils.data.bank import ClassBank, as_float
+from metautils.episode import Episode
+
+
+class EpisodeSampler:
+    """Draws episodes without end: in each task, `ways` classes, then images, none of them twice.
+
+    Random numbers come from a generator of its own on the CPU, wherever the images lie, so the
+    same seed gives the same episodes on any machine. The images are gathered on their device.
+
+    Args:
+        bank: the classes to draw from.
+        ways: classes in a task.
+        shots: support images a class.
+        queries: query images a class.
+        tasks: tasks in one episode.
+        rotate: turn every class of every task by its own random multiple of 90 degrees,
+            support and query alike (the protocol of Finn et al. 2017 on Omniglot).
+        seed: of the generator.
+
+    Raises:
+        ValueError: if the bank has fewer classes than `ways`, a class has fewer images than
+            `shots + queries`, a number is not positive, or `rotate` meets images not square.
+    """
+
+    def __init__(
+        self,
+        bank: ClassBank,
+        ways: int,
+        shots: int,
+        queries: int,
+        tasks: int = 1,
+        rotate: bool = False,
+        seed: int = 0,
+    ) -> None:
+        sizes = {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if ways > len(bank):
+            raise ValueError(
+                f"{ways} ways need {ways} classes but there are {len(bank)}: ask for fewer ways."
+            )
+        short = (bank.counts < shots + queries).nonzero().flatten()
+        if len(short):
+            k = int(short[0])
+            raise ValueError(
+                f"Class {bank.names[k]!r} has {int(bank.counts[k])} images but {shots} shots and "
+                f"{queries} queries need {shots + queries}: ask for fewer or drop the class."
+            )
+        if rotate and (bank.images.dim() != 4 or bank.images.shape[-1] != bank.images.shape[-2]):
+            raise ValueError(f"Rotations need square images, not {tuple(bank.images.shape[1:])}.")
+        self.bank, self.rotate = bank, rotate
+        self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def indices(self) -> tuple[Tensor, Tensor]:
+        """Draw classes `(tasks, ways)` and image rows `(tasks, ways, shots + queries)`."""
+        # The first places of a random order are a draw without replacement.
+        order = self._uniform(self.tasks, len(self.bank))
+        classes = order.topk(self.ways).indices
+        counts = self.bank.counts[classes]
+        order = self._uniform(self.tasks, self.ways, int(self.bank.counts.max()))
+        # Places beyond a class's own images sort last, so ragged classes need no loop.
+        order.masked_fill_(torch.arange(order.shape[-1]) >= counts[..., None], -1.0)
+        images = order.topk(self.shots + self.queries).indices
+        return classes, self.bank.starts[classes][..., None] + images
+
+    def sample(self) -> Episode:
+        """Draw the next episode."""
+        classes, rows = self.indices()
+        x = as_float(self.bank.images[rows.to(self.bank.images.device)])
+        if self.rotate:
+            turns = torch.randint(4, (self.tasks, self.ways), generator=self.generator)
+            for k in range(1, 4):
+                x[turns == k] = x[turns == k].rot90(k, (-2, -1))
+        labels = torch.arange(self.ways, device=x.device)[:, None].expand_as(rows)
+        support_x, query_x = x.split([self.shots, self.queries], dim=2)
+        support_y, query_y = labels.split([self.shots, self.queries], dim=2)
+        parts = (support_x, support_y, query_x, query_y)
+        return Episode(*(part.flatten(1, 2) for part in parts), classes)
+
+    def __iter__(self) -> Iterator[Episode]:
+        while True:
+            yield self.sample()
+
+    def _uniform(self, *shape: int) -> Tensor:
+        # float64: two equal numbers, whose order a machine could choose, do not occur in practice.
+        return torch.rand(*shape, dtype=torch.float64, generator=self.generator)
