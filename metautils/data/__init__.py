@@ -1,0 +1,33 @@
+"""Sets of images as banks of classes, each with its train, validation and test classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from metautils.data import digits, folder, glyphs, omniglot
+from metautils.data.bank import Parts
+
+NAMES = ("glyphs", "omniglot", "digits")
+
+
+def load(name: str, seed: int = 0, split: str = "random") -> Parts:
+    """Load a set by name, or a folder of images by its path.
+
+    Args:
+        name: `"glyphs"`, `"omniglot"`, `"digits"` or a folder with a subfolder for each class.
+        seed: of the split; for glyphs, of the alphabets themselves.
+        split: of Omniglot, see `metautils.data.omniglot.load`.
+
+    Raises:
+        DataError: if the set cannot be had.
+        ValueError: if the name is neither a set nor a folder.
+    """
+    if name == "glyphs":
+        return glyphs.load(seed)
+    if name == "omniglot":
+        return omniglot.load(split, seed)
+    if name == "digits":
+        return digits.load()
+    if Path(name).is_dir():
+        return folder.load(name, seed=seed)
+    raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(NAMES)}.")

@@ -67,9 +67,11 @@ class ClassBank:
 
     def select(self, classes: Sequence[int] | Tensor) -> ClassBank:
         """The bank of the given classes only, in the given order."""
-        index = torch.as_tensor(classes)
-        images = torch.cat([self[k] for k in index.tolist()])
-        names = tuple(self.names[k] for k in index.tolist())
+        index = torch.as_tensor(classes, dtype=torch.int64)
+        owner = torch.arange(len(self)).repeat_interleave(self.counts)
+        rows = [(owner == k).nonzero().flatten() for k in index]
+        images = self.images[torch.cat([owner[:0], *rows])]
+        names = tuple(self.names[k] for k in index)
         attributes = None if self.attributes is None else self.attributes[index]
         return ClassBank(images, self.counts[index], names, attributes)
 
@@ -81,7 +83,7 @@ class ClassBank:
         """
         if self.images.dim() != 4 or self.images.shape[-1] != self.images.shape[-2]:
             raise ValueError(
-                f"Rotations need square images (n, channels, size, size), not {tuple(self.images.shape)}."
+                f"Rotations need images (n, channels, size, size), not {tuple(self.images.shape)}."
             )
         turned = [self.images.rot90(k, (-2, -1)) for k in range(4)]
         names = tuple(f"{name}/rot{90 * k:03d}" for k in range(4) for name in self.names)

@@ -1,0 +1,80 @@
+"""A folder of the reader's own images, one subfolder for each class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from metautils.data.bank import ClassBank, Parts, split_classes
+from metautils.files import DataError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
+    """Read `path/CLASS/IMAGE` into one bank.
+
+    Each image is turned as its EXIF says, scaled so that its short side is `size`, and cropped
+    to the middle square. Any mode is accepted: palettes, transparency (on white), CMYK, 16 bit.
+    Files that do not end like an image are passed over.
+
+    Args:
+        path: the folder.
+        size: height and width, pixels; 84 as in miniImageNet.
+        channels: 3 for colour, 1 for grey.
+
+    Raises:
+        DataError: if the folder or a class is empty or missing, or an image cannot be read.
+        ValueError: if channels is neither 1 nor 3.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (colour).")
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path} is no folder: name one that holds a subfolder for each class.")
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise DataError(f"{path} has no subfolder: put the images of each class into one.")
+    classes = []
+    for folder in folders:
+        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(f"{folder} holds no image: add some or remove the folder.")
+        classes.append(torch.stack([_read(file, size, channels) for file in files]))
+    return ClassBank.from_classes(classes, [folder.name for folder in folders])
+
+
+def load(path: str | Path, size: int = 84, channels: int = 3, seed: int = 0) -> Parts:
+    """`bank`, its classes split 64 : 16 : 20 into train, validation and test with `seed`."""
+    everything = bank(path, size, channels)
+    train, validation = round(0.64 * len(everything)), round(0.16 * len(everything))
+    return split_classes(
+        everything, (train, validation, len(everything) - train - validation), seed
+    )
+
+
+def _read(file: Path, size: int, channels: int) -> Tensor:
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(_eight_bits(opened))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{file} is no readable image: mend or remove it ({error}).") from error
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size))
+    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey scaled to 8 bits; Pillow's own conversion cuts everything above 255 off."""
+    image.load()
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    top = 65535 if values.max() > 255 else 255
+    return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))

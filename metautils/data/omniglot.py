@@ -1,0 +1,137 @@
+"""Omniglot (Lake et al. 2015): 1,623 characters of 50 alphabets, each drawn by 20 people."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from zlib import error as ZlibError
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+from metautils.data.bank import ClassBank, Parts, split_classes
+from metautils.files import DataError, cache_folder, data_folder, load_safely, save_atomically
+
+DRAWINGS = {"images_background": 964 * 20, "images_evaluation": 659 * 20}
+RANDOM_SPLIT = (1028, 172, 423)  # classes in Vinyals et al. 2016 and Snell et al. 2017
+VALIDATION_ALPHABETS = 5
+
+
+def load(split: str = "random", seed: int = 0) -> Parts:
+    """Omniglot at 28x28, ink 255 on 0, upright.
+
+    Args:
+        split: `"random"` shuffles all characters with `seed` into 1,028 for training, 172 for
+            validation and 423 for testing; `"background"` keeps Lake's 659 evaluation characters
+            for testing and takes 5 of the 30 background alphabets, drawn with `seed`, for
+            validation, so that no alphabet is in two parts.
+        seed: of the shuffle.
+
+    Raises:
+        ValueError: for another split.
+        DataError: if the images cannot be found or downloaded, or are damaged.
+    """
+    if split not in ("random", "background"):
+        raise ValueError(f"split is {split!r}; it must be 'random' or 'background'.")
+    bank = everything()
+    if split == "random":
+        return split_classes(bank, RANDOM_SPLIT, seed)
+    background = [name for name in bank.names if name.startswith("images_background")]
+    alphabets = sorted({name.split("/")[1] for name in background})
+    order = torch.randperm(len(alphabets), generator=torch.Generator().manual_seed(seed))
+    held_out = {alphabets[k] for k in order[:VALIDATION_ALPHABETS]}
+    part = [
+        2 if name.startswith("images_evaluation") else int(name.split("/")[1] in held_out)
+        for name in bank.names
+    ]
+    return Parts(*(bank.select([k for k, p in enumerate(part) if p == want]) for want in range(3)))
+
+
+def everything() -> ClassBank:
+    """All 1,623 characters, background set first, from the decoded cache or the images."""
+    folder = data_folder()  # a wrong METAUTILS_DATA is told even where the cache would do
+    path = cache_folder() / "omniglot-28.pt"
+    if path.exists():
+        try:
+            saved = load_safely(path)
+            return ClassBank(saved["images"], saved["counts"], tuple(saved["names"]))
+        except (DataError, KeyError, TypeError, ValueError):
+            path.unlink()  # a damaged cache is made again
+    bank = _decode(_source(folder))
+    save_atomically(
+        {"images": bank.images, "counts": bank.counts, "names": list(bank.names)}, path
+    )
+    return bank
+
+
+def _source(folder: Path | None) -> Path:
+    if folder is not None:
+        return folder / "omniglot-py"
+    from torchvision.datasets import Omniglot
+
+    root = cache_folder() / "torchvision"
+    try:
+        for background in (True, False):
+            Omniglot(str(root), background=background, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"Omniglot is not in {root} and could not be downloaded ({error}): connect to the "
+            "network, or set METAUTILS_DATA to a folder that holds omniglot-py/"
+            "images_background.zip and images_evaluation.zip, or use data='glyphs'."
+        ) from error
+    return root / "omniglot-py"
+
+
+def _decode(source: Path) -> ClassBank:
+    classes: dict[str, list[Tensor]] = defaultdict(list)
+    for part, expected in DRAWINGS.items():
+        found = 0
+        for name, image in _drawings(source, part):
+            classes[name].append(image)
+            found += 1
+        if found != expected:
+            raise DataError(
+                f"{source / part} holds {found} drawings, not {expected}: fetch Omniglot again."
+            )
+    images = [_shrink(torch.stack(drawings)) for drawings in classes.values()]
+    return ClassBank.from_classes(images, list(classes))
+
+
+def _drawings(source: Path, part: str) -> Iterator[tuple[str, Tensor]]:
+    """Name of the character and drawing `(105, 105)` uint8, from an archive or a folder."""
+    archive, folder = source / f"{part}.zip", source / part
+    if folder.is_dir():
+        for path in sorted(folder.rglob("*.png")):
+            yield f"{part}/{path.parent.relative_to(folder).as_posix()}", _read(path, str(path))
+    elif archive.is_file():
+        try:
+            with zipfile.ZipFile(archive) as file:
+                for name in sorted(n for n in file.namelist() if n.endswith(".png")):
+                    yield name.rsplit("/", 1)[0], _read(io.BytesIO(file.read(name)), name)
+        except (zipfile.BadZipFile, ZlibError, EOFError) as error:
+            raise DataError(f"{archive} is damaged ({error}): fetch it again.") from error
+    else:
+        raise DataError(
+            f"Neither {archive} nor {folder}/ exists: put Omniglot's {part} there, or unset "
+            "METAUTILS_DATA to download it."
+        )
+
+
+def _read(file: Path | io.BytesIO, name: str) -> Tensor:
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(255 - np.asarray(image.convert("L")))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{name} is no readable image ({error}): fetch Omniglot again.") from error
+
+
+def _shrink(drawings: Tensor) -> Tensor:
+    """`(n, 105, 105)` to `(n, 1, 28, 28)` uint8, each pixel the mean of what it covers."""
+    small = F.interpolate(drawings[:, None].float(), (28, 28), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8)

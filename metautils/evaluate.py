@@ -1,0 +1,111 @@
+"""Accuracy with its 95 % interval over episodes, the same for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from metautils.data.bank import ClassBank
+from metautils.learners.base import Learner
+from metautils.precision import fast_autocast
+from metautils.sampling import EpisodeSampler
+
+
+def interval95(values: Tensor) -> float:
+    """Half width of the 95 % interval of a mean: 1.96 standard errors, in the values' unit.
+
+    Raises:
+        ValueError: for fewer than two values, which say nothing about their spread.
+    """
+    if len(values) < 2:
+        raise ValueError(f"An interval needs at least 2 episodes, not {len(values)}.")
+    return 1.96 * float(values.double().std()) / len(values) ** 0.5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of one setting.
+
+    Attributes:
+        ways, shots, queries: of the episodes; queries are per class.
+        per_episode: `(episodes,)`, percent of each episode's queries classified rightly.
+    """
+
+    ways: int
+    shots: int
+    queries: int
+    per_episode: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over episodes, percent."""
+        return float(self.per_episode.double().mean())
+
+    @property
+    def ci95(self) -> float:
+        """Half width of the 95 % interval of `accuracy`, percentage points."""
+        return interval95(self.per_episode)
+
+    def __str__(self) -> str:
+        return f"{self.ways}-way {self.shots}-shot: {self.accuracy:.2f} ± {self.ci95:.2f} %"
+
+
+@torch.no_grad()
+def episode_accuracy(learner: Learner, sampler: EpisodeSampler, episodes: int) -> Tensor:
+    """Percent right in each of the next `episodes` episodes of `sampler`, `(episodes,)`.
+
+    The learner is put into evaluation mode for the while.
+    """
+    was_training = learner.training
+    learner.eval()
+    rows = []
+    for _ in range(-(-episodes // sampler.tasks)):
+        episode = sampler.sample()
+        with fast_autocast(episode.query_x.device):
+            logits = learner(episode.support_x, episode.support_y, episode.query_x)
+        rows.append((logits.argmax(-1) == episode.query_y).float().mean(1))
+    learner.train(was_training)
+    return 100 * torch.cat(rows)[:episodes].cpu()
+
+
+def evaluate(
+    learner: Learner,
+    bank: ClassBank,
+    settings: Sequence[tuple[int, int]] = ((5, 1), (5, 5)),
+    queries: int = 15,
+    episodes: int = 600,
+    rotate: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Evaluation]:
+    """Test a learner in several settings, each on its own fixed episodes.
+
+    The same `seed`, bank and setting give the same episodes, so that two learners can be
+    compared episode by episode.
+
+    Args:
+        learner: any learner of the book.
+        bank: classes that it has not seen.
+        settings: pairs (ways, shots).
+        queries: query images a class.
+        episodes: per setting; at least 600 for a number that is reported.
+        rotate: give each class of each task a random rotation, see `EpisodeSampler`.
+        seed: of the episodes.
+        progress: show a bar.
+
+    Returns:
+        One `Evaluation` for each setting.
+
+    Raises:
+        ValueError: if the bank is too small for a setting.
+    """
+    results = []
+    for ways, shots in tqdm(settings, desc="evaluate", disable=not progress, leave=False):
+        sampler = EpisodeSampler(bank, ways, shots, queries, rotate=rotate, seed=seed)
+        accuracy = episode_accuracy(learner, sampler, episodes)
+        results.append(Evaluation(ways, shots, queries, accuracy))
+    return results

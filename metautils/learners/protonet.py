@@ -1,0 +1,71 @@
+"""Prototypical Networks (Snell, Swersky and Zemel 2017): compare a query with class means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metautils.learners.base import Learner
+
+
+def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """Mean of each class's support features, equation 1 of the paper.
+
+    Args:
+        features: `(tasks, S, dimensions)`.
+        labels: `(tasks, S)` int64 in `[0, ways)`; classes may differ in their number of shots.
+        ways: number of classes.
+
+    Returns:
+        `(tasks, ways, dimensions)`.
+    """
+    rows = labels[..., None].expand_as(features)
+    sums = features.new_zeros(len(features), ways, features.shape[-1])
+    counts = F.one_hot(labels, ways).sum(1)
+    return sums.scatter_add(1, rows, features) / counts[..., None]
+
+
+def squared_euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|^2 of all pairs: `(tasks, A, d)` and `(tasks, B, d)` to `(tasks, A, B)`."""
+    # Written out, not expanded to |a|^2 - 2ab + |b|^2, which loses digits when a is near b.
+    return (a[:, :, None] - b[:, None]).square().sum(-1)
+
+
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| of all pairs, as in many copies of the method; the paper squares it."""
+    # The root has no gradient at 0, which a query equal to its prototype would meet.
+    return (squared_euclidean(a, b) + 1e-12).sqrt()
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos(a, b) of all pairs, in [0, 2]."""
+    return 1 - (F.normalize(a, dim=-1)[:, :, None] * F.normalize(b, dim=-1)[:, None]).sum(-1)
+
+
+class ProtoNet(Learner):
+    """Softmax over negative distances to prototypes, equation 2 of the paper.
+
+    Args:
+        embed: f, a network `(n, ...)` to `(n, dimensions)`.
+        distance: of all pairs, `(tasks, Q, d)` and `(tasks, ways, d)` to `(tasks, Q, ways)`.
+    """
+
+    def __init__(
+        self, embed: nn.Module, distance: Callable[[Tensor, Tensor], Tensor] = squared_euclidean
+    ) -> None:
+        super().__init__()
+        self.embed = embed
+        self.distance = distance
+
+    def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+        """Logits `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
+        ways = int(support_y.max()) + 1
+        shots = support_x.shape[1]
+        # One pass for both sets, in single precision from here on: distances need the digits.
+        x = torch.cat([support_x, query_x], dim=1)
+        features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
+        support, query = features[:, :shots], features[:, shots:]
+        return -self.distance(query, prototypes(support, support_y, ways))

@@ -1,0 +1,124 @@
+"""The house style of figures, and the drawings that several chapters share."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from metautils.episode import Episode
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+
+# Okabe and Ito's palette, which colour-blind readers tell apart, in the order that keeps
+# neighbours distinct on white and on black.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
+INK = "#010203"  # stands for the page's own text colour, see `show`
+
+STYLE = {
+    "figure.figsize": (6.4, 3.4),
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "font.family": "sans-serif",
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#8888884d",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "savefig.transparent": True,
+    "svg.fonttype": "none",  # text stays text: it takes the page's font, and can be searched
+    "svg.hashsalt": "metautils",  # the same figure gives the same file
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
+}
+plt.rcParams.update(STYLE)
+
+
+def show(figure: Figure, alt: str) -> HTML:
+    """The figure as a drawing inside the page, in the page's text colour, light or dark.
+
+    Args:
+        figure: closed afterwards.
+        alt: what a reader who cannot see the figure needs to know.
+
+    Raises:
+        ValueError: if `alt` is empty.
+    """
+    from IPython.display import HTML
+
+    if not alt.strip():
+        raise ValueError("Every figure needs alt text: say what it shows in a sentence.")
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    label = html.escape(alt, quote=True)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return HTML(f'<div class="figure" style="overflow-x: auto">{svg}</div>')
+
+
+def draw_image(ax: Axes, image: Tensor, title: str = "", colour: str | None = None) -> None:
+    """One image `(channels, h, w)` as ink on white paper, framed in `colour`."""
+    if image.shape[0] == 3:
+        ax.imshow(image.permute(1, 2, 0).cpu())
+    else:
+        most = 1 if image.is_floating_point() else 255
+        ax.imshow(image[0].cpu(), cmap="gray_r", vmin=0, vmax=most)
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    ax.set_title(title, fontsize=10)
+    for spine in ax.spines.values():
+        spine.set(visible=colour is not None, color=colour, linewidth=2.5)
+
+
+def draw_grid(rows: Sequence[Tensor], titles: Sequence[str] = (), scale: float = 0.62) -> Figure:
+    """Rows of images, each `(n, channels, h, w)`; a title stands before its row."""
+    columns = max(len(row) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(scale * columns + 1.2, scale * len(rows)), squeeze=False
+    )
+    for k, (row, line) in enumerate(zip(rows, axes, strict=True)):
+        for ax in line[len(row) :]:
+            ax.axis("off")
+        for ax, image in zip(line, row, strict=False):
+            draw_image(ax, image)
+        if titles:
+            line[0].set_ylabel(titles[k], rotation=0, ha="right", va="center")
+    return figure
+
+
+def draw_episode(episode: Episode, task: int = 0, queries: int = 10) -> Figure:
+    """One task: each class's support images in its colour, beside `queries` unlabelled queries."""
+    shots = episode.support_x.shape[1] // episode.ways
+    columns = -(-queries // episode.ways)
+    figure, axes = plt.subplots(
+        episode.ways, shots + 1 + columns, figsize=(0.8 * (shots + 1 + columns), 0.8 * episode.ways)
+    )
+    chosen = torch.linspace(0, episode.query_x.shape[1] - 1, queries).long().flip(0)
+    chosen = chosen[torch.randperm(queries, generator=torch.Generator().manual_seed(0))]
+    for way, line in enumerate(axes):
+        members = episode.support_x[task][episode.support_y[task] == way]
+        for ax, image in zip(line, members, strict=False):
+            draw_image(ax, image, colour=COLOURS[way % len(COLOURS)])
+        line[0].set_ylabel(f"class {way}", rotation=0, ha="right", va="center", fontsize=10)
+        for ax in line[shots:]:
+            ax.axis("off")
+        for ax, k in zip(line[shots + 1 :], chosen[way * columns :], strict=False):
+            ax.axis("on")
+            draw_image(ax, episode.query_x[task][k], colour="#8C8C8C")
+    axes[0, 0].set_title("support", fontsize=11)
+    axes[0, shots + 1].set_title("queries", fontsize=11, loc="left")
+    return figure

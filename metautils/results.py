@@ -1,0 +1,177 @@
+"""Records of full-scale runs: read, write, and lay beside the published numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metautils.evaluate import Evaluation
+
+FIELDS = (
+    "method", "data", "tested_on", "split", "classes", "rotations", "seed", "steps", "train",
+    "evaluations", "minutes", "device", "threads", "torch", "commit",
+)  # fmt: skip
+
+
+def folder() -> Path:
+    """Where the records lie: `results/` of a checkout, or the copy inside an installed package."""
+    checkout = Path(__file__).parents[1] / "results"
+    return checkout if checkout.is_dir() else Path(__file__).parent / "_records"
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Write a record atomically as JSON.
+
+    Raises:
+        ValueError: if a field of `FIELDS` is missing.
+    """
+    missing = [name for name in FIELDS if name not in record]
+    if missing:
+        raise ValueError(f"The record lacks {', '.join(missing)}; every field is needed.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def read(name: str) -> dict[str, Any]:
+    """The record `results/NAME.json`.
+
+    Raises:
+        FileNotFoundError: if there is none, naming those that there are.
+    """
+    path = folder() / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in folder().glob("*.json")))
+        raise FileNotFoundError(f"There is no record {name!r} in results/; there are: {known}.")
+    return json.loads(path.read_text())
+
+
+def evaluation_rows(evaluations: list[Evaluation], rotations: str) -> list[dict[str, Any]]:
+    """Evaluations as they stand in a record; accuracy and ci95 in percent."""
+    return [
+        {
+            "ways": e.ways,
+            "shots": e.shots,
+            "queries": e.queries,
+            "episodes": len(e.per_episode),
+            "rotations": rotations,
+            "accuracy": round(e.accuracy, 3),
+            "ci95": round(e.ci95, 3),
+        }
+        for e in evaluations
+    ]
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a number depends on beside the method: processor, threads, torch, commit."""
+    return {
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    model = next((x.split(":")[1].strip() for x in names if x.startswith("model name")), "CPU")
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def published(data: str) -> list[dict[str, Any]]:
+    """Rows of papers' tables on `data`: method, cite (key in references.bib), evaluations.
+
+    `status` says whether the number was read in the paper or is second-hand.
+    """
+    rows = json.loads((folder() / "published.json").read_text())
+    return [row for row in rows if row["data"] == data]
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """All records by name, sorted."""
+    paths = sorted(folder().glob("*.json"))
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    return {k: r for k, r in found.items() if isinstance(r, dict) and "evaluations" in r}
+
+
+def score(row: dict[str, Any], ways: int, shots: int) -> str:
+    """`98.77 ± 0.10` of one setting, without `±` where none was published, a dash where missing."""
+    for e in row["evaluations"]:
+        if (e["ways"], e["shots"]) == (ways, shots):
+            return f"{e['accuracy']:.1f}" if e["ci95"] is None else _with_interval(row, e)
+    return "-"
+
+
+def _with_interval(row: dict[str, Any], e: dict[str, Any]) -> str:
+    digits = 2 if "commit" in row else 1  # ours is kept to more digits than papers print
+    return f"{e['accuracy']:.{digits}f} ± {e['ci95']:.{digits}f}"
+
+
+def table(ours: dict[str, dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """Markdown: the named records first, then rows of papers, with where each comes from."""
+    settings = sorted(
+        {(e["ways"], e["shots"]) for r in [*ours.values(), *theirs] for e in r["evaluations"]}
+    )
+    heads = ["Method", *(f"{n}-way {k}-shot" for n, k in settings), "Source"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name, row in ours.items():
+        source = f"this book, `results/{name}.json`"
+        lines.append(_line(row, settings, source))
+    for row in theirs:
+        known = "" if row["status"] == "paper" else ", second-hand"
+        lines.append(_line(row, settings, f"{{cite:t}}`{row['cite']}`, {row['note']}{known}"))
+    return "\n".join(lines)
+
+
+def _line(row: dict[str, Any], settings: list[tuple[int, int]], source: str) -> str:
+    cells = [row["method"], *(score(row, n, k) for n, k in settings), source]
+    return "| " + " | ".join(cells) + " |"
+
+
+def page() -> str:
+    """The results page: every record, beside the published numbers on the same set."""
+    found = records()
+    same = {k: r for k, r in found.items() if r["data"] == r["tested_on"] == "omniglot"}
+    other = {k: r for k, r in found.items() if k not in same}
+    lines = ["## Omniglot", "", table(same, published("omniglot")), ""]
+    if other:
+        lines += ["## Trained on one set, tested on another", ""]
+        heads = "| Method | Trained on | Tested on | 5-way 1-shot | 20-way 1-shot | Source |"
+        lines += [heads, "|---|---|---|---|---|---|"]
+        lines += [
+            f"| {r['method']} | {r['data']} | {r['tested_on']} | {score(r, 5, 1)} "
+            f"| {score(r, 20, 1)} | `results/{k}.json` |"
+            for k, r in other.items()
+        ]
+    heads = "Record Split Classes Rotations Seed Steps Minutes Hardware torch Commit".split()
+    lines += ["", "## Where each number comes from", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += [f"| `{k}` | {_provenance_line(r)} |" for k, r in found.items()]
+    return "\n".join(lines)
+
+
+def _provenance_line(r: dict[str, Any]) -> str:
+    classes = " / ".join(str(n) for n in r["classes"].values())
+    tested = ", ".join(sorted({e["rotations"] for e in r["evaluations"]}))
+    hardware = f"{r['device']}, {r['threads']} threads"
+    cells = (
+        r["split"], classes, f"train {r['rotations']}, test {tested}", r["seed"], r["steps"],
+        r["minutes"], hardware, r["torch"], f"`{r['commit']}`",
+    )  # fmt: skip
+    return " | ".join(map(str, cells))
