@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from metautils import data, results
 from metautils.data.bank import ClassBank, Parts
@@ -47,7 +48,11 @@ def train(args: argparse.Namespace) -> None:
     """Train, test and write `record.json`; the same command goes on after an interruption."""
     preset = PRESETS[args.preset]
     parts = data.load(args.data, args.seed, args.split)
+    for name, part in zip(Parts._fields, parts, strict=True):
+        if not len(part):
+            raise ValueError(f"{args.data} leaves no class for {name}: choose a set with more.")
     rotations = "classes" if args.data in DRAWN else "none"
+    _settings(_rotated(parts.test, rotations))  # told before the training, not after it
     learner = _learner(args.method, parts.train, args.seed).to(args.device)
     source = _rotated(parts.train, rotations).to(args.device)
     ways = min(preset.ways, len(source))
@@ -67,7 +72,7 @@ def train(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "steps": preset.steps,
         "train": {"ways": ways, "shots": preset.shots, "queries": preset.queries, "tasks": 1},
-        "evaluations": _test(learner, parts.test, rotations, preset.episodes, args.device),
+        **_test(learner, parts.test, rotations, preset.episodes, args.device),
         "minutes": round(history.seconds / 60, 2),
         "preset": args.preset,
         **results.provenance(args.device),
@@ -89,7 +94,7 @@ def evaluate_again(args: argparse.Namespace) -> None:
     episodes = PRESETS[record["preset"]].episodes
     record |= {
         "tested_on": f"{name}, {split} split" if name == "omniglot" else name,
-        "evaluations": _test(learner, parts.test, args.rotations, episodes, args.device),
+        **_test(learner, parts.test, args.rotations, episodes, args.device),
     }
     out = args.run / f"record-{Path(name).name}-{args.rotations}.json"
     results.write(record, out)
@@ -112,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         args.run_command(args)
-    except (DataError, CheckpointMismatch, ValueError, FloatingPointError) as error:
+    except (DataError, CheckpointMismatch, ValueError, FloatingPointError, OSError) as error:
         print(f"metautils: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -130,19 +135,34 @@ def _rotated(bank: ClassBank, rotations: str) -> ClassBank:
     return bank.with_rotations() if rotations == "classes" else bank
 
 
-def _test(
-    learner: Learner, bank: ClassBank, rotations: str, episodes: int, device: torch.device
-) -> list[dict[str, Any]]:
+def _settings(bank: ClassBank) -> list[tuple[int, int]]:
     """Every setting for which the bank has the classes and the images."""
-    bank = _rotated(bank, rotations).to(device)
     fewest = int(bank.counts.min())
     settings = [(n, k) for n, k in SETTINGS if n <= len(bank) and k < fewest]
-    queries = min(QUERIES, fewest - max((k for _, k in settings), default=1))
-    scores = evaluate(
-        learner, bank, settings, queries, episodes, rotations == "episode", progress=True
-    )
-    print(*scores, sep="\n")
-    return results.evaluation_rows(scores, rotations)
+    if not settings:
+        raise ValueError(
+            f"{len(bank)} test classes, of {fewest} images or more, make no task of 5 classes with "
+            "a support and a query image each: give more classes or images."
+        )
+    return settings
+
+
+def _test(
+    learner: Learner, bank: ClassBank, rotations: str, episodes: int, device: torch.device
+) -> dict[str, list[dict[str, Any]]]:
+    """Evaluations of the learner, and of class means in raw pixels on the same episodes."""
+    bank = _rotated(bank, rotations).to(device)
+    settings = _settings(bank)
+    queries = min(QUERIES, int(bank.counts.min()) - max(k for _, k in settings))
+    rows = {}
+    for name, each in {"evaluations": learner, "baseline": ProtoNet(nn.Flatten())}.items():
+        print("trained" if each is learner else "class means in pixels, for comparison")
+        scores = evaluate(
+            each, bank, settings, queries, episodes, rotations == "episode", progress=True
+        )
+        print(*(f"  {score}" for score in scores), sep="\n")
+        rows[name] = results.evaluation_rows(scores, rotations)
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,5 +197,13 @@ def _parser() -> argparse.ArgumentParser:
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     for command in (one, two):
-        command.add_argument("--device", type=torch.device, default=torch.device(where))
+        command.add_argument("--device", type=_device, default=where)
     return parser
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        message = f"{name!r} is no device of this machine: try cpu"
+        raise argparse.ArgumentTypeError(message) from error

@@ -52,6 +52,14 @@ class Episode:
                 f"support, query and classes hold {len(self.support_x)}, {len(self.query_x)} and "
                 f"{len(self.classes)} tasks: the first dimension must be the same."
             )
+        for part in ("support", "query"):
+            y = getattr(self, f"{part}_y")
+            outside = y[(y < 0) | (y >= self.ways)]
+            if len(outside):
+                raise ValueError(
+                    f"{part}_y holds the label {int(outside[0])}; in a task of {self.ways} classes "
+                    f"labels run from 0 to {self.ways - 1}."
+                )
 
     @property
     def tasks(self) -> int:

@@ -73,10 +73,10 @@ def show(figure: Figure, alt: str) -> HTML:
 def draw_image(ax: Axes, image: Tensor, title: str = "", colour: str | None = None) -> None:
     """One image `(channels, h, w)` as ink on white paper, framed in `colour`."""
     if image.shape[0] == 3:
-        ax.imshow(image.permute(1, 2, 0).cpu())
+        ax.imshow(image.permute(1, 2, 0).cpu().numpy())
     else:
         most = 1 if image.is_floating_point() else 255
-        ax.imshow(image[0].cpu(), cmap="gray_r", vmin=0, vmax=most)
+        ax.imshow(image[0].cpu().numpy(), cmap="gray_r", vmin=0, vmax=most)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     ax.set_title(title, fontsize=10)
@@ -104,8 +104,9 @@ def draw_episode(episode: Episode, task: int = 0, queries: int = 10) -> Figure:
     """One task: each class's support images in its colour, beside `queries` unlabelled queries."""
     shots = episode.support_x.shape[1] // episode.ways
     columns = -(-queries // episode.ways)
+    across = shots + 1 + columns
     figure, axes = plt.subplots(
-        episode.ways, shots + 1 + columns, figsize=(0.8 * (shots + 1 + columns), 0.8 * episode.ways)
+        episode.ways, across, figsize=(0.8 * across, 0.8 * episode.ways), squeeze=False
     )
     chosen = torch.linspace(0, episode.query_x.shape[1] - 1, queries).long().flip(0)
     chosen = chosen[torch.randperm(queries, generator=torch.Generator().manual_seed(0))]

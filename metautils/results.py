@@ -14,7 +14,7 @@ from metautils.evaluate import Evaluation
 
 FIELDS = (
     "method", "data", "tested_on", "split", "classes", "rotations", "seed", "steps", "train",
-    "evaluations", "minutes", "device", "threads", "torch", "commit",
+    "evaluations", "baseline", "minutes", "device", "threads", "torch", "commit",
 )  # fmt: skip
 
 
@@ -110,9 +110,9 @@ def records() -> dict[str, dict[str, Any]]:
     return {k: r for k, r in found.items() if isinstance(r, dict) and "evaluations" in r}
 
 
-def score(row: dict[str, Any], ways: int, shots: int) -> str:
+def score(row: dict[str, Any], ways: int, shots: int, of: str = "evaluations") -> str:
     """`98.77 ± 0.10` of one setting, without `±` where none was published, a dash where missing."""
-    for e in row["evaluations"]:
+    for e in row[of]:
         if (e["ways"], e["shots"]) == (ways, shots):
             return f"{e['accuracy']:.1f}" if e["ci95"] is None else _with_interval(row, e)
     return "-"
@@ -135,7 +135,7 @@ def table(ours: dict[str, dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
         lines.append(_line(row, settings, source))
     for row in theirs:
         known = "" if row["status"] == "paper" else ", second-hand"
-        lines.append(_line(row, settings, f"{{cite:t}}`{row['cite']}`, {row['note']}{known}"))
+        lines.append(_line(row, settings, f"{row['source']}, {row['note']}{known}"))
     return "\n".join(lines)
 
 
@@ -159,7 +159,8 @@ def page() -> str:
             f"| {score(r, 20, 1)} | `results/{k}.json` |"
             for k, r in other.items()
         ]
-    heads = "Record Split Classes Rotations Seed Steps Minutes Hardware torch Commit".split()
+    heads = ["Record", "Split", "Classes", "Rotations", "Seed", "Steps", "Minutes"]
+    heads += ["Hardware", "torch", "Commit"]
     lines += ["", "## Where each number comes from", ""]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += [f"| `{k}` | {_provenance_line(r)} |" for k, r in found.items()]

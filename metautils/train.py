@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metautils.evaluate import episode_accuracy
-from metautils.files import load_safely, save_atomically
+from metautils.files import DataError, load_safely, save_atomically
 from metautils.learners.base import Learner
 from metautils.precision import fast_autocast
 from metautils.sampling import EpisodeSampler
@@ -101,7 +101,7 @@ def load_weights(learner: Learner, path: Path) -> None:
         DataError: if the file is missing or damaged.
         CheckpointMismatch: if names or shapes differ; the learner is left as it was.
     """
-    weights = load_safely(path)["best"]
+    weights = _read(path)["best"]
     check_same_network(weights, learner, path)
     learner.load_state_dict(weights)
 
@@ -139,14 +139,14 @@ class _Run:
         self.path = path
         self.optimizer = torch.optim.Adam(learner.parameters(), lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-        sizes = {name: getattr(episodes, name) for name in ("ways", "shots", "queries", "tasks")}
+        told = ("ways", "shots", "queries", "tasks", "rotate")
         images = episodes.bank.images
         self.settings = {
             "steps": steps,
             "lr": lr,
             "seed": episodes.generator.initial_seed(),
             "pixels": float(images.sum(dtype=torch.float64)),  # another set has another sum
-            **sizes,
+            **{name: getattr(episodes, name) for name in told},
         }
         # The same validation episodes every time, so that two steps can be compared.
         self.first = None if validation is None else validation.generator.get_state()
@@ -161,7 +161,7 @@ class _Run:
             logits = self.learner(episode.support_x, episode.support_y, episode.query_x)
         loss = self.learner.loss(logits, episode.query_y)
         if not loss.isfinite():
-            self.stop(f"The loss became {float(loss)} at step {self.step + 1}")
+            self.stop(f"The loss became {float(loss.detach())} at step {self.step + 1}")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -204,13 +204,14 @@ class _Run:
         }
 
     def resume(self, path: Path) -> None:
-        state = load_safely(path)
+        state = _read(path)
         check_same_network(state["learner"], self.learner, path)
         for name, value in self.settings.items():
-            if state["settings"][name] != value:
+            saved = state["settings"].get(name)
+            if saved != value:
                 raise CheckpointMismatch(
-                    f"{path} was made with {name}={state['settings'][name]}, not {value}: give the "
-                    "same settings to go on with it, or another folder to start anew."
+                    f"{path} was made with {name}={saved}, not {value}: give the same settings to "
+                    "go on with it, or another folder to start anew."
                 )
         self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -234,6 +235,13 @@ class _Run:
             "loss": f"{sum(loss) / len(loss):.3f}",
             "accuracy": f"{sum(accuracy) / len(accuracy):.1f} %",
         }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    state = load_safely(path)
+    if not isinstance(state, dict) or not {"best", "learner", "settings"} <= state.keys():
+        raise DataError(f"{path} is no checkpoint of a training: name another file or folder.")
+    return state
 
 
 def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from metautils.data.bank import ClassBank, Parts, split_classes
@@ -20,7 +20,7 @@ def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
 
     Each image is turned as its EXIF says, scaled so that its short side is `size`, and cropped
     to the middle square. Any mode is accepted: palettes, transparency (on white), CMYK, 16 bit.
-    Files that do not end like an image are passed over.
+    Hidden files and those that do not end like an image are passed over.
 
     Args:
         path: the folder.
@@ -41,7 +41,7 @@ def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
         raise DataError(f"{path} has no subfolder: put the images of each class into one.")
     classes = []
     for folder in folders:
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        files = sorted(p for p in folder.iterdir() if _is_image(p))
         if not files:
             raise DataError(f"{folder} holds no image: add some or remove the folder.")
         classes.append(torch.stack([_read(file, size, channels) for file in files]))
@@ -57,11 +57,15 @@ def load(path: str | Path, size: int = 84, channels: int = 3, seed: int = 0) -> 
     )
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+
+
 def _read(file: Path, size: int, channels: int) -> Tensor:
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(_eight_bits(opened))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} is no readable image: mend or remove it ({error}).") from error
     if image.has_transparency_data:
         image = image.convert("RGBA")
