@@ -46,7 +46,7 @@ PRESETS = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(4000, 60, 1, 5, 1
 
 def train(args: argparse.Namespace) -> None:
     """Train, test and write `record.json`; the same command goes on after an interruption."""
-    preset = PRESETS[args.preset]
+    preset, made_by = PRESETS[args.preset], results.provenance(args.device)
     parts = data.load(args.data, args.seed, args.split)
     for name, part in zip(Parts._fields, parts, strict=True):
         if not len(part):
@@ -75,7 +75,7 @@ def train(args: argparse.Namespace) -> None:
         **_test(learner, parts.test, rotations, preset.episodes, args.device),
         "minutes": round(history.seconds / 60, 2),
         "preset": args.preset,
-        **results.provenance(args.device),
+        **made_by,
     }
     results.write(record, args.out / "record.json")
     print(f"{record['minutes']} minutes of training; record in {args.out / 'record.json'}")

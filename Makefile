@@ -1,0 +1,49 @@
+# `make help` lists the verbs. Everything runs in .venv, made from the pins on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PINS := requirements.txt constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help book test notebooks sync lint bench pins clean
+
+help:  ## list the verbs
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+book: $(READY)  ## build the site and say where it is
+	@$(BIN)/python tools/book.py
+
+test: $(READY)  ## run every check: code, notebooks, site, links, browser
+	$(BIN)/python -m pytest --nbval tests notebooks
+
+notebooks: $(READY)  ## execute every chapter: book/NN_*.md -> notebooks/NN_*.ipynb
+	@$(BIN)/python tools/notebooks.py run
+
+sync: $(READY)  ## carry edits of the text into the notebooks, executing only where code changed
+	@$(BIN)/python tools/notebooks.py sync
+
+lint: $(READY)  ## check the style of the code
+	$(BIN)/ruff check .
+
+bench: $(READY)  ## measure speed, beside peers
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
+
+pins: $(READY)  ## resolve constraints.txt anew from requirements.txt
+	@sed -n '/^#/p' constraints.txt > .pins
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --no-header --no-annotate \
+	  requirements.txt | grep -vE '^(nvidia|cuda|triton)' >> .pins
+	@mv .pins constraints.txt
+
+clean:  ## remove what was built (the environment too)
+	rm -rf .venv _build book/_generated dist .pytest_cache .ruff_cache .hypothesis
+
+# uv installs the same wheels several times faster; where it cannot (it does not read pip's
+# settings for mirrors and certificates), pip does.
+$(READY): $(PINS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install -q --disable-pip-version-check uv -c requirements.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.txt -c constraints.txt \
+	  || $(BIN)/pip install -q --no-compile -r requirements.txt -c constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,131 @@
+"""A bank keeps images, counts, names and attributes together through every change."""
+
+import pytest
+import torch
+from helpers import numbered
+from torch import nn
+
+from metautils.data.bank import ClassBank, as_float, split_classes
+
+
+def square(classes=3, images=2, size=4):
+    """A bank of uint8 images, no two alike."""
+    x = torch.arange(classes * images * size * size).remainder(251).to(torch.uint8)
+    counts = torch.full((classes,), images)
+    names = tuple("abcdefgh"[:classes])
+    attributes = torch.arange(classes * 2).view(classes, 2).float()
+    return ClassBank(x.view(-1, 1, size, size), counts, names, attributes)
+
+
+def test_classes_by_index():
+    bank = numbered(2, 3, 1)
+    assert len(bank) == 3
+    assert bank.starts.tolist() == [0, 2, 5]
+    assert [bank[k][:, 0].tolist() for k in range(3)] == [[0, 1], [2, 3, 4], [5]]
+
+
+def test_from_classes():
+    bank = ClassBank.from_classes([torch.zeros(2, 3), torch.ones(4, 3)], ["x", "y"])
+    assert bank.counts.tolist() == [2, 4]
+    assert bank.names == ("x", "y")
+    assert bank.images.sum(1).tolist() == [0, 0, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("classes", [[2, 0], [1], [0, 1, 2], torch.tensor([2, 1])])
+def test_select_keeps_the_order_asked_for(classes):
+    bank = numbered(2, 3, 1)
+    chosen = bank.select(classes)
+    asked = [int(k) for k in classes]
+    assert chosen.names == tuple(bank.names[k] for k in asked)
+    assert chosen.counts.tolist() == [int(bank.counts[k]) for k in asked]
+    assert torch.equal(chosen.images, torch.cat([bank[k] for k in asked]))
+    assert chosen.attributes is None
+
+
+def test_select_takes_the_attributes_along():
+    assert square().select([2, 0]).attributes.tolist() == [[4, 5], [0, 1]]
+
+
+def test_select_nothing():
+    none = square().select([])
+    assert (len(none), none.names, none.images.shape) == (0, (), (0, 1, 4, 4))
+    assert none.attributes.shape == (0, 2)
+
+
+def test_split_is_disjoint_and_complete_and_hangs_on_the_seed():
+    bank = numbered(*range(1, 21))
+    parts = split_classes(bank, (12, 3, 5), seed=0)
+    assert [len(part) for part in parts] == [12, 3, 5]
+    names = [name for part in parts for name in part.names]
+    assert len(names) == 20
+    assert set(names) == set(bank.names)
+    for part in parts:
+        for k, name in enumerate(part.names):
+            assert torch.equal(part[k], bank[bank.names.index(name)])
+    again, other = (split_classes(bank, (12, 3, 5), seed=seed) for seed in (0, 1))
+    assert [part.names for part in again] == [part.names for part in parts]
+    assert set(other.test.names) != set(parts.test.names)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (0, 0, 0), (6, -1, 0)])
+def test_split_sizes_must_add_up(sizes):
+    with pytest.raises(ValueError, match=r"Parts of .* classes do not add up to the 5 there are"):
+        split_classes(numbered(1, 1, 1, 1, 1), sizes)
+
+
+def test_four_classes_for_each_one():
+    bank = square()
+    turned = bank.with_rotations()
+    assert turned.names[:4] == ("a/rot000", "b/rot000", "c/rot000", "a/rot090")
+    assert len(set(turned.names)) == len(turned) == 12
+    assert turned.counts.tolist() == [2] * 12
+    for k in range(4):
+        for c in range(3):
+            expected = bank[c]
+            for _ in range(k):  # 90 degrees against the clock: the last column becomes the top row
+                expected = expected.transpose(-2, -1).flip(-2)
+            assert torch.equal(turned[3 * k + c], expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 5), (7,)])
+def test_only_square_images_turn(shape):
+    bank = ClassBank(torch.zeros(2, *shape), torch.tensor([2]), ("a",))
+    with pytest.raises(ValueError, match=r"Rotations need images \(n, channels, size, size\)"):
+        bank.with_rotations()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 500])
+def test_map_equals_embedding_directly(batch):
+    bank = square()
+    embed = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    mapped = bank.map(embed, batch)
+    torch.testing.assert_close(mapped.images, embed(bank.images.float() / 255).detach())
+    assert not mapped.images.requires_grad
+    assert (mapped.names, mapped.counts.tolist()) == (bank.names, bank.counts.tolist())
+
+
+def test_as_float():
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert as_float(levels).tolist() == pytest.approx([0, 0.2, 1])
+    assert levels.tolist() == [0, 51, 255]
+    already = torch.tensor([300.0, -1.0])
+    assert as_float(already) is already
+
+
+@pytest.mark.parametrize(
+    ("counts", "names", "sentence"),
+    [
+        ([2, 2], ("a", "b"), "5 images, counts that add up to 4 and 2 names for 2 classes"),
+        ([2, 3], ("a",), "5 images, counts that add up to 5 and 1 names for 2 classes"),
+        ([5, 0], ("full", "bare"), "Class 'bare' has no image: drop it or add some"),
+    ],
+)
+def test_contradiction_is_named(counts, names, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ClassBank(torch.zeros(5, 2), torch.tensor(counts), names)
+
+
+def test_to_moves_images_only():
+    bank = square().to("meta")
+    assert bank.images.device.type == "meta"
+    assert bank.counts.device.type == "cpu"

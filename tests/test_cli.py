@@ -1,0 +1,259 @@
+"""The command line trains, tests, and ends with one sentence where it cannot."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, blobs
+from PIL import Image
+
+from metautils import cli, data, results
+from metautils.data.bank import Parts, split_classes
+from metautils.nets import Conv4
+from metautils.train import CHECKPOINT
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    """A preset of a moment, a narrow network, glyphs ready at once, no cache of the user's."""
+    monkeypatch.setattr(cli, "Conv4", partial(Conv4, width=4))
+    monkeypatch.setitem(cli.PRESETS, "quick", cli.Preset(3, 4, 1, 2, 3))
+    monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("METAUTILS_DATA", raising=False)
+    monkeypatch.setattr(data.glyphs, "load", small)
+
+
+def small(seed=0) -> Parts:
+    return split_classes(blobs(classes=14, images=8, size=16, seed=seed), (6, 3, 5))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 25 classes of 6 small images each, so that 5 are for testing."""
+    root = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for k in range(25):
+        (root / f"class{k:02d}").mkdir()
+        for n in range(6):
+            pixels = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"class{k:02d}" / f"{n}.png")
+    return root
+
+
+def train(out, *more):
+    return cli.main(["train", "protonet", "--out", str(out), "--device", "cpu", *more])
+
+
+def load(path):
+    return json.loads(path.read_text())
+
+
+def test_training_writes_a_whole_record(tmp_path, capsys):
+    assert train(tmp_path / "run", "--seed", "3") == 0
+    record = load(tmp_path / "run" / "record.json")
+    assert set(results.FIELDS) <= set(record)
+    expected = {
+        "method": "protonet", "data": "glyphs", "tested_on": "glyphs", "split": "classes",
+        "classes": {"train": 6, "validation": 3, "test": 5}, "rotations": "classes", "seed": 3,
+        "steps": 3, "train": {"ways": 4, "shots": 1, "queries": 2, "tasks": 1}, "preset": "quick",
+    }  # fmt: skip
+    assert {name: record[name] for name in expected} == expected
+    # Five test classes turned are twenty, and eight images leave room for 5 shots, 3 queries.
+    rows = [(e["ways"], e["shots"], e["queries"], e["episodes"]) for e in record["evaluations"]]
+    assert rows == [(5, 1, 3, 3), (5, 5, 3, 3), (20, 1, 3, 3), (20, 5, 3, 3)]
+    told = capsys.readouterr().out
+    for e in record["evaluations"]:
+        line = f"{e['ways']}-way {e['shots']}-shot: {e['accuracy']:.2f} ± {e['ci95']:.2f} %"
+        assert line in told
+    assert str(tmp_path / "run" / "record.json") in told
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {CHECKPOINT, "record.json"}
+
+
+def test_same_command_again_gives_the_same_numbers(tmp_path):
+    """The first run resumed, and another in a fresh folder, end where the first ended."""
+    runs = []
+    for out in ("a", "a", "b"):
+        assert train(tmp_path / out) == 0
+        runs.append(load(tmp_path / out / "record.json"))
+    for run in runs:
+        del run["minutes"]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_folder_of_photos(tmp_path, photos):
+    assert train(tmp_path, "--data", str(photos)) == 0
+    record = load(tmp_path / "record.json")
+    assert record["data"] == str(photos)
+    assert record["classes"] == {"train": 16, "validation": 4, "test": 5}
+    assert record["rotations"] == "none"
+    assert [(e["ways"], e["shots"]) for e in record["evaluations"]] == [(5, 1), (5, 5)]
+    assert {e["queries"] for e in record["evaluations"]} == {1}
+
+
+@pytest.mark.parametrize("rotations", ["none", "classes", "episode"])
+def test_evaluate_scores_again(tmp_path, rotations, capsys):
+    train(tmp_path)
+    trained = load(tmp_path / "record.json")
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path), "--rotations", rotations, "--device", "cpu"]) == 0
+    again = load(tmp_path / f"record-glyphs-{rotations}.json")
+    assert capsys.readouterr().out.startswith("5-way 1-shot: ")
+    assert {e["rotations"] for e in again["evaluations"]} == {rotations}
+    same = set(again) - {"evaluations"}
+    assert {name: again[name] for name in same} == {name: trained[name] for name in same}
+    if rotations == "classes":
+        assert again["evaluations"] == trained["evaluations"]
+    else:
+        assert [e["ways"] for e in again["evaluations"]] == [5, 5]
+    assert load(tmp_path / "record.json") == trained
+
+
+def test_evaluate_uses_the_trained_weights(tmp_path):
+    train(tmp_path)
+    command = ["evaluate", str(tmp_path), "--rotations", "classes", "--device", "cpu"]
+    assert cli.main(command) == 0
+    path = tmp_path / "record-glyphs-classes.json"
+    first = load(path)["evaluations"]
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    state["best"] = {name: torch.zeros_like(x) for name, x in state["best"].items()}
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert cli.main(command) == 0
+    assert {e["accuracy"] for e in load(path)["evaluations"]} == {20.0, 5.0}
+    assert load(path)["evaluations"] != first
+
+
+def test_evaluate_on_another_set(tmp_path):
+    train(tmp_path)
+    command = ["evaluate", str(tmp_path), "--data", "digits", "--device", "cpu"]
+    assert cli.main(command) == 0
+    record = load(tmp_path / "record-digits-none.json")
+    assert (record["data"], record["tested_on"]) == ("glyphs", "digits")
+    rows = [(e["ways"], e["shots"], e["queries"]) for e in record["evaluations"]]
+    assert rows == [(5, 1, 15), (5, 5, 15)]
+
+
+def test_data_tells_what_is_there(capsys):
+    assert cli.main(["data", "digits"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].split(":")[0].strip() == "train"
+    assert "0 classes" in lines[0]
+    assert "10 classes,   1797 images of 1 x 28 x 28, 174 to 183 a class" in lines[2]
+
+
+def test_results_prints_the_page(capsys):
+    assert cli.main(["results"]) == 0
+    assert capsys.readouterr().out == results.page() + "\n"
+
+
+def says(capsys, arguments, sentence):
+    """Status 2, nothing on stdout, and one line on stderr."""
+    assert cli.main(list(map(str, arguments))) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("metautils: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert sentence in err
+
+
+def test_no_such_set(tmp_path, capsys):
+    sentence = "'no-such-set' is neither a folder nor one of glyphs, omniglot, digits."
+    for command in (["data", "no-such-set"], ["train", "protonet", "--data", "no-such-set"]):
+        more = ["--out", tmp_path / "run"] if command[0] == "train" else []
+        says(capsys, [*command, *more], sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_data_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("METAUTILS_DATA", str(tmp_path / "gone"))
+    says(capsys, ["data", "omniglot"], "gone', which is no folder: correct it or unset it")
+
+
+def test_set_that_is_not_in_the_data_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("METAUTILS_DATA", str(tmp_path))
+    says(capsys, ["data", "omniglot"], "images_background.zip nor")
+
+
+def test_folder_never_trained(tmp_path, capsys):
+    sentence = f"record.json does not exist: train with --out {tmp_path} first."
+    says(capsys, ["evaluate", tmp_path], sentence)
+
+
+def test_more_ways_than_classes(tmp_path, capsys, monkeypatch):
+    """Fewer test classes than the smallest setting has ways: told before any training."""
+    few = split_classes(blobs(classes=8, size=16), (5, 2, 1))
+    monkeypatch.setattr(data.glyphs, "load", lambda seed: few)
+    sentence = "4 test classes, of 8 images or more, make no task of 5 classes"
+    says(capsys, ["train", "protonet", "--out", tmp_path / "run"], sentence)
+    assert not (tmp_path / "run").exists()
+
+
+def test_set_for_testing_only_cannot_train(tmp_path, capsys):
+    sentence = "digits leaves no class for train: choose a set with more."
+    says(capsys, ["train", "protonet", "--data", "digits", "--out", tmp_path], sentence)
+
+
+def test_too_few_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(cli.PRESETS, "quick", cli.Preset(3, 4, 1, 20, 3))
+    sentence = "has 8 images but 1 shots and 20 queries need 21: ask for fewer or drop the class."
+    says(capsys, ["train", "protonet", "--out", tmp_path], sentence)
+
+
+def test_checkpoint_of_another_run(tmp_path, capsys):
+    train(tmp_path)
+    capsys.readouterr()
+    sentence = "was made with seed=0, not 1: give the same settings"
+    says(capsys, ["train", "protonet", "--out", tmp_path, "--seed", 1], sentence)
+
+
+def test_test_set_of_other_channels(tmp_path, capsys, photos):
+    train(tmp_path)
+    capsys.readouterr()
+    command = ["evaluate", tmp_path, "--data", photos, "--device", "cpu"]
+    says(capsys, command, "belongs to another network")
+
+
+def test_damaged_checkpoint(tmp_path, capsys):
+    train(tmp_path)
+    capsys.readouterr()
+    (tmp_path / CHECKPOINT).write_bytes(b"half")
+    says(capsys, ["evaluate", tmp_path], f"{CHECKPOINT} is damaged")
+
+
+def test_out_that_is_a_file(tmp_path, capsys):
+    out = tmp_path / "file"
+    out.write_text("")
+    assert train(out) == 2
+    assert "metautils: " in capsys.readouterr().err
+
+
+def test_device_that_is_none(tmp_path, capsys):
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(SystemExit) as stopped:
+            train(tmp_path, "--device", name)
+        assert stopped.value.code == 2
+        assert f"'{name}' is no device of this machine: try cpu" in capsys.readouterr().err
+
+
+def test_interruption_says_how_to_go_on(capsys, monkeypatch):
+    def interrupted(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", interrupted)
+    assert cli.main(["data", "digits"]) == 130
+    assert capsys.readouterr().err == "\nStopped. Give the same command again to go on.\n"
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "metautils", "data", "no-such-set"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "metautils: 'no-such-set' is neither a folder nor one of glyphs, omniglot, digits.\n"
+    )

@@ -1,0 +1,146 @@
+"""The accuracy is the learner's, and its interval covers the truth as often as it says."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import blobs, numbered, tiny
+from torch import nn
+
+from metautils.data.bank import ClassBank
+from metautils.evaluate import Evaluation, episode_accuracy, evaluate, interval95
+from metautils.learners.base import Learner
+from metautils.learners.protonet import ProtoNet
+from metautils.sampling import EpisodeSampler
+
+
+class Chance(Learner):
+    """Predicts without looking."""
+
+    def forward(self, support_x, support_y, query_x):
+        return torch.rand(*query_x.shape[:2], int(support_y.max()) + 1)
+
+
+class Notes(Learner):
+    """Always predicts label 0, and notes in which mode it was asked and for what."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.asked, self.modes = nn.Dropout(), [], []
+
+    def forward(self, support_x, support_y, query_x):
+        self.asked.append(query_x.clone())
+        self.modes.append((self.training, self.drop.training, torch.is_grad_enabled()))
+        return torch.eye(int(support_y.max()) + 1)[torch.zeros(query_x.shape[:2]).long()]
+
+
+def test_interval_covers_the_truth_19_times_in_20():
+    """2,000 evaluations of 600 episodes of 75 queries, some episodes harder than others."""
+    random = np.random.default_rng(0)
+    chance = random.beta(18, 2, size=(2000, 600))
+    values = torch.from_numpy(100 * random.binomial(75, chance) / 75)
+    covered = 0
+    for row in values:
+        e = Evaluation(5, 1, 15, row)
+        covered += abs(e.accuracy - 90) <= e.ci95
+    assert 0.935 <= covered / 2000 <= 0.965
+
+
+def test_interval_by_hand():
+    assert interval95(torch.tensor([10.0, 20.0, 30.0, 40.0])) == pytest.approx(
+        1.96 * np.std([10, 20, 30, 40], ddof=1) / 2
+    )
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_interval_needs_two(n):
+    with pytest.raises(ValueError, match=f"An interval needs at least 2 episodes, not {n}"):
+        interval95(torch.ones(n))
+
+
+def test_perfect_learner_gets_100():
+    bank = numbered(8, 8, 8, 8)
+    images = nn.functional.one_hot(bank.images[:, 1].long()).float()
+    perfect = ClassBank(images, bank.counts, bank.names)
+    (score,) = evaluate(ProtoNet(nn.Identity()), perfect, [(4, 1)], queries=7, episodes=30)
+    assert score.per_episode.tolist() == [100] * 30
+    assert (score.accuracy, score.ci95) == (100, 0)
+    assert str(score) == "4-way 1-shot: 100.00 ± 0.00 %"
+
+
+def test_random_learner_is_at_chance():
+    torch.manual_seed(0)
+    scores = evaluate(Chance(), numbered(*[20] * 6), [(2, 1), (5, 3)], episodes=600)
+    for score, chance in zip(scores, (50, 20), strict=True):
+        assert abs(score.accuracy - chance) < 2 * score.ci95
+        assert 0.2 < score.ci95 < 2
+
+
+def test_constant_learner_gets_exactly_one_class_right():
+    scores = evaluate(Notes(), numbered(*[9] * 5), [(2, 1), (5, 1)], queries=3, episodes=4)
+    assert [s.per_episode.tolist() for s in scores] == [[50] * 4, pytest.approx([20] * 4)]
+
+
+def test_several_settings_in_one_call():
+    settings = [(2, 1), (3, 2), (5, 4)]
+    scores = evaluate(tiny(), blobs(), settings, queries=3, episodes=7)
+    assert [(s.ways, s.shots) for s in scores] == settings
+    assert all(s.queries == 3 and s.per_episode.shape == (7,) for s in scores)
+    for s in scores:
+        (alone,) = evaluate(tiny(), blobs(), [(s.ways, s.shots)], queries=3, episodes=7)
+        assert torch.equal(alone.per_episode, s.per_episode)
+        right = s.per_episode / 100 * 3 * s.ways  # a whole number of queries
+        torch.testing.assert_close(right, right.round(), atol=1e-4, rtol=0)
+
+
+def test_same_seed_same_values_and_other_seed_others():
+    first, again, other = (
+        evaluate(tiny(), blobs(), [(3, 1)], queries=4, episodes=40, seed=seed)[0].per_episode
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_rotation_reaches_the_episodes():
+    upright, turned = Notes(), Notes()
+    for learner, rotate in ((upright, False), (turned, True)):
+        evaluate(learner, blobs(), [(2, 1)], queries=2, episodes=5, rotate=rotate)
+    sums = [torch.stack(x.asked).flatten(3).sum(-1) for x in (upright, turned)]
+    torch.testing.assert_close(sums[0][0], sums[1][0])  # the same images
+    assert not torch.equal(upright.asked[0], turned.asked[0])  # but turned
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_evaluation_for_the_while(training):
+    learner = Notes().train(training)
+    evaluate(learner, numbered(5, 5), [(2, 1)], queries=2, episodes=2)
+    assert learner.modes == [(False, False, False)] * 2
+    assert (learner.training, learner.drop.training) == (training, training)
+
+
+@pytest.mark.parametrize(("tasks", "episodes"), [(1, 5), (4, 10), (4, 3)])
+def test_as_many_values_as_episodes_asked_for(tasks, episodes):
+    sampler = EpisodeSampler(blobs(), 3, 1, 2, tasks=tasks)
+    alone = EpisodeSampler(blobs(), 3, 1, 2, tasks=tasks)
+    values = episode_accuracy(tiny(), sampler, episodes)
+    assert values.shape == (episodes,)
+    learner = tiny().eval()
+    e = alone.sample()
+    for k in range(min(tasks, episodes)):
+        logits = learner(e.support_x[k : k + 1], e.support_y[k : k + 1], e.query_x[k : k + 1])
+        right = (logits.argmax(-1) == e.query_y[k]).float().mean()
+        assert float(values[k]) == pytest.approx(100 * float(right))
+
+
+def test_bank_too_small_is_told():
+    with pytest.raises(ValueError, match="20 ways need 20 classes but there are 6"):
+        evaluate(tiny(), blobs(), [(20, 1)], queries=2, episodes=2)
+    with pytest.raises(ValueError, match="has 8 images but 5 shots and 15 queries need 20"):
+        evaluate(tiny(), blobs(), [(2, 5)], episodes=2)
+
+
+def test_progress_is_silent_unless_asked(capsys):
+    evaluate(tiny(), blobs(), [(2, 1)], queries=2, episodes=2)
+    assert capsys.readouterr() == ("", "")
+    evaluate(tiny(), blobs(), [(2, 1)], queries=2, episodes=2, progress=True)
+    assert "evaluate" in capsys.readouterr().err

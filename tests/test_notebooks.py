@@ -1,0 +1,146 @@
+"""The stored notebooks: equal to their text, clean, described, and right for other parameters."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from bs4 import BeautifulSoup
+from conftest import ROOT
+from nbformat import NotebookNode
+
+import notebooks
+
+CHAPTERS = notebooks.chapters()
+each_chapter = pytest.mark.parametrize("text", CHAPTERS, ids=lambda text: text.stem)
+RESIDUE = re.compile(r"Traceback|Warning:|HBox\(|\r|it/s\]|/home/|/Users/|/tmp/|site-packages")
+
+
+def stored(text: Path) -> NotebookNode:
+    return nbformat.read(notebooks.notebook_of(text), as_version=4)
+
+
+def outputs(text: Path) -> list[NotebookNode]:
+    return [output for cell in notebooks.code_cells(stored(text)) for output in cell.outputs]
+
+
+def test_every_notebook_has_a_text_and_every_text_a_notebook():
+    made = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert made == {text.stem for text in CHAPTERS}
+    assert made, "there is no chapter"
+
+
+@each_chapter
+def test_cells_say_what_the_text_says(text: Path):
+    old = stored(text)
+    new = notebooks.render(text, old.metadata.metautils.run_seconds)
+    assert [cell.source for cell in old.cells] == [cell.source for cell in new.cells], "make sync"
+    for cell in [*old.cells, *new.cells]:
+        cell.outputs = cell.execution_count = None
+    assert old == new, "make sync"
+
+
+@each_chapter
+def test_is_stored_as_executed_from_top_to_bottom(text: Path):
+    counts = [cell.execution_count for cell in notebooks.code_cells(stored(text))]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@each_chapter
+def test_first_cells_install_on_colab_and_hold_the_parameters(text: Path):
+    first, second = notebooks.code_cells(stored(text))[:2]
+    assert f'%pip install --quiet "metautils @ git+{notebooks.repository()}"' in first.source
+    assert second.metadata.tags == ["parameters"]
+    names: dict[str, object] = {}
+    exec(second.source, names)
+    assert (names["preset"], names["seed"]) == ("quick", 0)
+
+
+@each_chapter
+def test_takes_no_longer_than_promised(text: Path):
+    assert stored(text).metadata.metautils.run_seconds <= 90
+
+
+@each_chapter
+def test_outputs_hold_no_residue(text: Path):
+    for output in outputs(text):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", output.text
+        for kind, content in output.get("data", {"text/plain": output.get("text", "")}).items():
+            if kind.startswith("text/"):
+                assert not (found := RESIDUE.search(content)), found
+
+
+@each_chapter
+def test_every_stored_figure_has_alt_text(text: Path):
+    for output in outputs(text):
+        data = output.get("data", {})
+        assert not [kind for kind in data if kind.startswith("image/")], "show it by plots.show"
+        page = BeautifulSoup(data.get("text/html", ""), "html.parser")
+        for figure in page.find_all(["img", "svg"]):
+            assert (figure.get("alt") or figure.get("aria-label") or "").strip()
+
+
+@each_chapter
+def test_holds_for_another_seed(text: Path, tmp_path: Path):
+    papermill.execute_notebook(
+        notebooks.notebook_of(text),
+        tmp_path / "other.ipynb",
+        parameters={"seed": 1},
+        kernel_name="python3",
+        cwd=tmp_path,
+        progress_bar=False,
+    )
+
+
+def test_placeholders_become_words():
+    assert notebooks.in_words(47.6) == "48 seconds"
+    assert notebooks.in_words(125) == "2 minutes"
+    for text in CHAPTERS:
+        assert not re.search(r"@[A-Z_]+@", "".join(c.source for c in stored(text).cells))
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A book of one chapter of one cell, in a folder of its own."""
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "repository", lambda: "https://example.org/book")
+    (tmp_path / "book").mkdir()
+    text = tmp_path / "book" / "01_small.md"
+    text.write_text(
+        "---\nkernelspec: {display_name: Python 3, language: python, name: python3}\n---\n\n"
+        "# Small\n\nIt takes @RUN_TIME@.\n\n```{code-cell} ipython3\nprint(6 * 7)\n```\n"
+    )
+    return text
+
+
+def test_sync_runs_a_new_chapter_and_a_changed_cell_but_not_changed_prose(small, monkeypatch):
+    notebooks.sync(small)
+    first = stored(small)
+    assert first.cells[1].outputs[0].text == "42\n"
+    assert "papermill" not in str(first)
+
+    ran = []
+    monkeypatch.setattr(notebooks, "run", ran.append)
+    small.write_text(small.read_text().replace("# Small", "# Tiny"))
+    notebooks.sync(small)
+    assert not ran
+    assert stored(small).cells[0].source.startswith("# Tiny")
+    assert stored(small).cells[1] == first.cells[1]
+
+    small.write_text(small.read_text().replace("6 * 7", "7 * 6"))
+    notebooks.sync(small)
+    assert ran == [small]
+
+
+def test_a_run_that_fails_leaves_the_stored_notebook_as_it_was(small):
+    notebooks.sync(small)
+    before = notebooks.notebook_of(small).read_bytes()
+    small.write_text(small.read_text().replace("6 * 7", "6 / 0"))
+    with pytest.raises(papermill.PapermillExecutionError):
+        notebooks.run(small)
+    assert notebooks.notebook_of(small).read_bytes() == before
+    assert [path.name for path in (small.parents[1] / "notebooks").iterdir()] == ["01_small.ipynb"]

@@ -1,0 +1,311 @@
+"""Omniglot is read the same from every source, and every damage is told in one sentence."""
+
+import io
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import real_data
+from PIL import Image
+
+from metautils.data import omniglot
+from metautils.files import DataError
+
+ALPHABETS = {"images_background": ("Aa", "Bb_(x)", "Cc"), "images_evaluation": ("Dd",)}
+CHARACTERS, DRAWINGS = 2, 3
+
+
+def png(seed):
+    """A drawing like the originals: 105x105, 1 bit, black on white, some lines."""
+    random = np.random.default_rng(seed)
+    paper = np.full((105, 105), True)
+    for _ in range(3):
+        a, b = random.integers(10, 90, 2)
+        paper[a : a + 4, b : b + 15] = False
+    file = io.BytesIO()
+    Image.fromarray(paper).save(file, "PNG")
+    return file.getvalue()
+
+
+def drawings():
+    """Path inside the archives, and PNG, of every drawing of a tiny Omniglot."""
+    seed = 0
+    for part, alphabets in ALPHABETS.items():
+        for alphabet in alphabets:
+            for c in range(1, CHARACTERS + 1):
+                for d in range(1, DRAWINGS + 1):
+                    seed += 1
+                    yield f"{part}/{alphabet}/character{c:02d}/{seed:04d}_{d:02d}.png", png(seed)
+
+
+def zipped(root: Path) -> Path:
+    source = root / "omniglot-py"
+    source.mkdir(parents=True)
+    for part in ALPHABETS:
+        with zipfile.ZipFile(source / f"{part}.zip", "w", zipfile.ZIP_DEFLATED) as file:
+            for name, content in drawings():
+                if name.startswith(part):
+                    file.writestr(name, content)
+    return root
+
+
+def unpacked(root: Path) -> Path:
+    for name, content in drawings():
+        path = root / "omniglot-py" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small(request, tmp_path, monkeypatch):
+    """A cache of its own for each test, and the sizes of the tiny Omniglot."""
+    if "real" in request.fixturenames:
+        return
+    monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("METAUTILS_DATA", raising=False)
+    a_class = CHARACTERS * DRAWINGS
+    sizes = {part: len(alphabets) * a_class for part, alphabets in ALPHABETS.items()}
+    monkeypatch.setattr(omniglot, "DRAWINGS", sizes)
+    monkeypatch.setattr(omniglot, "RANDOM_SPLIT", (4, 1, 3))
+    monkeypatch.setattr(omniglot, "VALIDATION_ALPHABETS", 1)
+
+
+def everything(monkeypatch, root):
+    monkeypatch.setenv("METAUTILS_DATA", str(root))
+    return omniglot.everything()
+
+
+def cache(tmp_path):
+    return tmp_path / "cache" / "omniglot-28.pt"
+
+
+def told(monkeypatch, root, sentence):
+    """Loading fails with one sentence of one line, and no cache is left."""
+    with pytest.raises(DataError, match=sentence) as caught:
+        everything(monkeypatch, root)
+    assert "\n" not in str(caught.value)
+    assert not cache(root.parent).exists()
+    return str(caught.value)
+
+
+def test_archives_give_the_images(tmp_path, monkeypatch):
+    bank = everything(monkeypatch, zipped(tmp_path / "data"))
+    assert bank.images.shape == (24, 1, 28, 28)
+    assert bank.images.dtype == torch.uint8
+    assert bank.counts.tolist() == [DRAWINGS] * 8
+    assert bank.names[:3] == (
+        "images_background/Aa/character01",
+        "images_background/Aa/character02",
+        "images_background/Bb_(x)/character01",
+    )
+    assert bank.names[-1] == "images_evaluation/Dd/character02"
+    originals = [np.asarray(Image.open(io.BytesIO(content))) for _, content in drawings()]
+    for image, original in zip(bank.images, originals, strict=True):
+        ink = np.where(original, 0, 255)
+        assert float(image.float().mean()) == pytest.approx(ink.mean(), abs=1)
+        # Each of the 7x7 parts of the page holds its share of the ink, so nothing is turned.
+        coarse = image[0].float().view(7, 4, 7, 4).mean((1, 3))
+        parts = torch.from_numpy(ink).float().view(7, 15, 7, 15).mean((1, 3))
+        assert (coarse - parts).abs().max() < 16
+
+
+def test_ink_is_high_on_0(tmp_path, monkeypatch):
+    images = everything(monkeypatch, zipped(tmp_path / "data")).images.flatten(1)
+    assert (images == 0).float().mean() > 0.8
+    assert images.amax(1).min() > 150
+
+
+def test_unpacked_equals_zipped(tmp_path, monkeypatch):
+    first = everything(monkeypatch, zipped(tmp_path / "a"))
+    monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "other"))
+    second = everything(monkeypatch, unpacked(tmp_path / "b"))
+    assert first.names == second.names
+    assert torch.equal(first.images, second.images)
+    assert torch.equal(first.counts, second.counts)
+
+
+def test_cache_is_enough_the_second_time(tmp_path, monkeypatch):
+    first = everything(monkeypatch, zipped(tmp_path / "data"))
+    assert cache(tmp_path).exists()
+    monkeypatch.delenv("METAUTILS_DATA")
+    second = omniglot.everything()
+    assert second.names == first.names
+    assert torch.equal(second.images, first.images)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def foreign(path):
+    torch.save({"images": torch.zeros(3, 2)}, path)
+
+
+def contradictory(path):
+    torch.save({"images": torch.zeros(3, 2), "counts": torch.tensor([1]), "names": ["a"]}, path)
+
+
+def unrelated(path):
+    torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("damage", [truncate, foreign, contradictory, unrelated])
+def test_damaged_cache_is_made_again(tmp_path, monkeypatch, damage):
+    root = zipped(tmp_path / "data")
+    first = everything(monkeypatch, root)
+    damage(cache(tmp_path))
+    assert torch.equal(everything(monkeypatch, root).images, first.images)
+    monkeypatch.delenv("METAUTILS_DATA")
+    assert torch.equal(omniglot.everything().images, first.images)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("part", ALPHABETS)
+def test_truncated_archive_is_named(tmp_path, monkeypatch, part, share):
+    archive = zipped(tmp_path / "data") / "omniglot-py" / f"{part}.zip"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: int(share * len(whole))])
+    sentence = rf"data/omniglot-py/{part}\.zip is damaged \(.*\): fetch it again"
+    told(monkeypatch, tmp_path / "data", sentence)
+
+
+def test_archive_damaged_inside_is_named(tmp_path, monkeypatch):
+    archive = zipped(tmp_path / "data") / "omniglot-py" / "images_background.zip"
+    content = bytearray(archive.read_bytes())
+    content[80:120] = bytes(40)  # in the first compressed drawing
+    archive.write_bytes(content)
+    told(monkeypatch, tmp_path / "data", r"images_background\.zip is damaged")
+
+
+def test_corrupt_image_is_named(tmp_path, monkeypatch):
+    name = "images_background/Cc/character02/0018_03.png"
+    root = unpacked(tmp_path / "data")
+    (root / "omniglot-py" / name).write_bytes(png(0)[:60])
+    told(monkeypatch, root, r"Cc/character02/0018_03\.png is no readable image.*fetch Omniglot ag")
+
+
+def test_corrupt_image_in_an_archive_is_named(tmp_path, monkeypatch):
+    archive = zipped(tmp_path / "data") / "omniglot-py" / "images_evaluation.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("images_evaluation/Dd/character01/0019_01.png", b"no image")
+    told(monkeypatch, tmp_path / "data", r"Dd/character01/0019_01\.png is no readable image")
+
+
+def test_missing_drawings_are_counted(tmp_path, monkeypatch):
+    root = unpacked(tmp_path / "data")
+    (root / "omniglot-py" / "images_evaluation/Dd/character01/0019_01.png").unlink()
+    told(monkeypatch, root, r"images_evaluation holds 5 drawings, not 6: fetch Omniglot again")
+
+
+@pytest.mark.parametrize("part", ALPHABETS)
+def test_missing_set_tells_what_was_looked_for(tmp_path, monkeypatch, part):
+    root = zipped(tmp_path / "data")
+    (root / "omniglot-py" / f"{part}.zip").unlink()
+    sentence = (
+        rf"Neither .*data/omniglot-py/{part}\.zip nor .*data/omniglot-py/{part}/ exists: put "
+        rf"Omniglot's {part} there, or unset METAUTILS_DATA to download it"
+    )
+    told(monkeypatch, root, sentence)
+
+
+@pytest.mark.parametrize(
+    "error", [urllib.error.URLError("no route to host"), TimeoutError("timed out")]
+)
+def test_no_network_is_told(tmp_path, monkeypatch, error, capfd):
+    def offline(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    with pytest.raises(DataError, match="Omniglot is not in .* and could not be downloaded") as e:
+        omniglot.load()
+    message = str(e.value)
+    assert str(tmp_path / "cache") in message
+    assert "set METAUTILS_DATA to a folder that holds omniglot-py/images_background.zip" in message
+    assert "data='glyphs'" in message
+    assert "\n" not in message
+    assert capfd.readouterr().err == ""
+
+
+def test_download_is_read_like_a_folder(tmp_path, monkeypatch):
+    def arrives(root, background, download):
+        assert download
+        if background:
+            zipped(Path(root))
+
+    monkeypatch.setattr("torchvision.datasets.Omniglot", arrives)
+    assert len(omniglot.everything()) == 8
+
+
+def test_wrong_data_folder_is_told_even_with_a_cache(tmp_path, monkeypatch):
+    everything(monkeypatch, zipped(tmp_path / "data"))
+    with pytest.raises(DataError, match="METAUTILS_DATA is .*gone', which is no folder"):
+        everything(monkeypatch, tmp_path / "gone")
+    assert cache(tmp_path).exists()
+
+
+def test_unknown_split_is_told():
+    with pytest.raises(ValueError, match="split is 'lake'; it must be 'random' or 'background'"):
+        omniglot.load("lake")
+
+
+def test_page_of_ink_and_page_of_paper():
+    pages = torch.stack([torch.full((105, 105), level, dtype=torch.uint8) for level in (255, 0)])
+    assert omniglot._shrink(pages).flatten(1).unique(dim=1).flatten().tolist() == [255, 0]
+
+
+# With the real images
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The folder of real images, read once into a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAUTILS_DATA", str(real_data()))
+        patch.setenv("METAUTILS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield omniglot.everything()
+
+
+@pytest.mark.parametrize("split", ["random", "background"])
+def test_real_classes_are_disjoint_and_complete(real, split):
+    parts = omniglot.load(split)
+    names = [name for part in parts for name in part.names]
+    assert len(names) == len(set(names)) == 1623
+    assert set(names) == set(real.names)
+    for part in parts:
+        assert (part.counts == 20).all()
+        assert part.images.shape == (20 * len(part), 1, 28, 28)
+
+
+def test_real_sizes_of_the_random_split(real):
+    assert [len(part) for part in omniglot.load()] == [1028, 172, 423]
+
+
+def test_real_background_split_keeps_alphabets_apart(real):
+    train, validation, test = (
+        {tuple(name.split("/")[:2]) for name in part.names} for part in omniglot.load("background")
+    )
+    assert [len(train), len(validation), len(test)] == [25, 5, 20]
+    assert not (train & validation or train & test or validation & test)
+    assert {part for part, _ in train | validation} == {"images_background"}
+    assert {part for part, _ in test} == {"images_evaluation"}
+    assert len(omniglot.load("background").test) == 659
+
+
+@pytest.mark.parametrize("split", ["random", "background"])
+def test_real_split_hangs_on_the_seed(real, split):
+    first, again, other = (omniglot.load(split, seed) for seed in (0, 0, 1))
+    assert [part.names for part in first] == [part.names for part in again]
+    assert first.train.names != other.train.names
+    assert torch.equal(first.test.images, again.test.images)
+
+
+def test_real_images_are_ink_on_0(real):
+    ink = real.images.float().mean((1, 2, 3)) / 255
+    assert 0.002 < ink.min()
+    assert ink.max() < 0.35
+    assert real.images.flatten(1).amax(1).min() > 100

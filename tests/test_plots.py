@@ -1,0 +1,160 @@
+"""Figures are drawings inside the page: described, in its colour and font, needing nothing else."""
+
+import html
+import re
+from xml.etree import ElementTree
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from helpers import ROOT, blobs
+
+from metautils import plots
+from metautils.sampling import EpisodeSampler
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def line():
+    figure, ax = plt.subplots()
+    ax.plot([0, 1, 4], label="a line")
+    ax.set(xlabel="steps", ylabel="loss", title="How it falls")
+    ax.legend()
+    return figure
+
+
+def episode(ways=3, shots=1, queries=4):
+    return EpisodeSampler(blobs(), ways, shots, queries).sample()
+
+
+def drawn(figure, alt="What is seen."):
+    """The page's text, and the drawing parsed."""
+    text = plots.show(figure, alt).data
+    start, end = text.index("<svg"), text.index("</svg>") + len("</svg>")
+    return text, ElementTree.fromstring(text[start:end])
+
+
+@pytest.mark.parametrize("alt", ["Loss falls.", 'He said "a < b & c > d"', "it's 5 ± 1 %"])
+def test_drawing_is_an_image_with_its_description(alt):
+    text, svg = drawn(line(), alt)
+    assert svg.tag == f"{SVG}svg"
+    assert svg.get("role") == "img"
+    assert svg.get("aria-label") == alt
+    assert f'aria-label="{html.escape(alt, quote=True)}"' in text
+    assert text.count("<svg ") == 1
+    assert "<?xml" not in text
+    assert "<!DOCTYPE" not in text
+
+
+@pytest.mark.parametrize("alt", ["", "   ", "\n"])
+def test_description_is_needed(alt):
+    figure = line()
+    with pytest.raises(ValueError, match="Every figure needs alt text: say what it shows"):
+        plots.show(figure, alt)
+    plt.close(figure)
+
+
+FIGURES = {
+    "line": line,
+    "episode": lambda: plots.draw_episode(episode()),
+    "grid": lambda: plots.draw_grid([blobs()[k] for k in range(3)]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_needs_nothing_from_outside(name):
+    text, svg = drawn(FIGURES[name]())
+    assert not re.search(r"@font-face|@import|<script|<style[^>]*src", text)
+    for element in svg.iter():
+        for key, value in element.attrib.items():
+            if key.endswith(("href", "src")):
+                assert value.startswith(("#", "data:image/png;base64,")), (key, value)
+            assert not re.search(r"url\((?!#)", value), value
+
+
+def test_text_stays_text_in_no_font_of_its_own():
+    text, svg = drawn(line())
+    words = {"".join(element.itertext()).strip() for element in svg.iter(f"{SVG}text")}
+    assert {"steps", "loss", "How it falls", "a line"} <= words
+    fonts = set(re.findall(r"font(?:-family)?: ([^;\"]*)", text))
+    assert fonts
+    assert all("sans-serif" in font for font in fonts)
+
+
+def test_ink_takes_the_colour_of_the_page():
+    text, svg = drawn(line())
+    assert plots.INK not in text
+    for element in svg.iter(f"{SVG}text"):
+        assert "currentColor" in element.get("style", "") + element.get("fill", "")
+
+
+def test_same_figure_same_string():
+    assert drawn(line())[0] == drawn(line())[0]
+    other = line()
+    other.axes[0].plot([3, 2])
+    assert drawn(other)[0] != drawn(line())[0]
+
+
+def test_no_date_and_no_path():
+    text, _ = drawn(line())
+    assert not re.search(r"\b20\d\d-\d\d|dc:date|dc:creator", text)
+    assert str(ROOT) not in text
+
+
+def test_figure_is_closed():
+    before = plt.get_fignums()
+    drawn(line())
+    assert plt.get_fignums() == before
+
+
+def test_ink_is_dark_on_white_paper():
+    figure, ax = plt.subplots()
+    plots.draw_image(ax, torch.tensor([[[0, 255]]], dtype=torch.uint8), "a", colour="red")
+    (image,) = ax.get_images()
+    paper, ink = image.cmap(image.norm(image.get_array()))[0]
+    assert (paper[:3].tolist(), ink[:3].tolist()) == ([1, 1, 1], [0, 0, 0])
+    assert ax.get_title() == "a"
+    assert all(spine.get_visible() for spine in ax.spines.values())
+    plt.close(figure)
+
+
+def test_float_images_end_at_1():
+    figure, ax = plt.subplots()
+    plots.draw_image(ax, torch.tensor([[[0.0, 0.5]]]))
+    (image,) = ax.get_images()
+    assert image.get_clim() == (0, 1)
+    assert not any(spine.get_visible() for spine in ax.spines.values())
+    plt.close(figure)
+
+
+def test_colour_image():
+    figure, ax = plt.subplots()
+    plots.draw_image(ax, torch.rand(3, 4, 5))
+    assert ax.get_images()[0].get_array().shape == (4, 5, 3)
+    plt.close(figure)
+
+
+def images(figure):
+    return [ax for ax in figure.axes if ax.get_images()]
+
+
+def test_grid_shows_every_image_and_every_title():
+    bank = blobs()
+    figure = plots.draw_grid([bank[0], bank[1][:3]], ["first", "second"])
+    assert len(images(figure)) == 8 + 3
+    assert [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()] == ["first", "second"]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(("ways", "shots"), [(1, 1), (2, 3), (5, 1)])
+@pytest.mark.parametrize("queries", [5, 10])
+def test_episode_shows_support_and_distinct_queries(ways, shots, queries):
+    e = episode(ways, shots, 5)
+    queries = min(queries, 5 * ways)
+    figure = plots.draw_episode(e, queries=queries)
+    shown = [torch.as_tensor(ax.get_images()[0].get_array().data) for ax in images(figure)]
+    assert len(shown) == ways * shots + queries
+    assert len({tuple(x.flatten().tolist()) for x in shown}) == len(shown)
+    labels = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
+    assert labels == [f"class {k}" for k in range(ways)]
+    plt.close(figure)

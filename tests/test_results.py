@@ -1,0 +1,204 @@
+"""Records say where a number comes from, and stand beside the published ones."""
+
+import json
+import re
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT
+
+from metautils import results
+from metautils.evaluate import Evaluation
+
+
+def record(**changed):
+    """A sound record."""
+    filled = dict.fromkeys(results.FIELDS, "x")
+    evaluation = {"ways": 5, "shots": 1, "accuracy": 98.765, "ci95": 0.123, "rotations": "none"}
+    filled |= {
+        "method": "ProtoNet",
+        "data": "omniglot",
+        "tested_on": "omniglot",
+        "classes": {"train": 7, "validation": 2, "test": 3},
+        "seed": 0,
+        "minutes": 1.5,
+        "evaluations": [evaluation],
+    }
+    return filled | changed
+
+
+def paper(**changed):
+    """A row of a paper's table."""
+    evaluation = {"ways": 5, "shots": 1, "accuracy": 98.1, "ci95": None}
+    row = {"method": "Older", "cite": "someone2016", "source": "Someone et al. (2016)"}
+    row |= {"status": "paper", "note": "as printed"}
+    return row | {"evaluations": [evaluation]} | changed
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A results folder of its own, with one record, one file of other content, no papers."""
+    monkeypatch.setattr(results, "folder", lambda: tmp_path)
+    results.write(record(), tmp_path / "mine.json")
+    (tmp_path / "speed_x.json").write_text('{"what": "speed"}')
+    (tmp_path / "published.json").write_text(json.dumps([paper(data="omniglot")]))
+    return tmp_path
+
+
+def test_write_and_read(elsewhere):
+    assert results.read("mine") == record()
+    assert (elsewhere / "mine.json").read_text().endswith("}\n")
+
+
+def test_write_makes_the_folder(tmp_path):
+    results.write(record(), tmp_path / "a" / "b" / "x.json")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("name", results.FIELDS)
+def test_missing_field_is_named_and_nothing_written(tmp_path, name):
+    lacking = record()
+    del lacking[name]
+    with pytest.raises(ValueError, match=f"The record lacks {name}; every field is needed"):
+        results.write(lacking, tmp_path / "x.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.json"
+    results.write(record(), path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        results.write(record(seed=torch.ones(2)), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unknown_record_names_the_known(elsewhere):
+    with pytest.raises(FileNotFoundError, match="no record 'other' in results/; there are: mine"):
+        results.read("other")
+
+
+def test_records_are_those_with_evaluations(elsewhere):
+    assert results.records() == {"mine": record()}
+
+
+def test_evaluation_rows_hold_mean_and_interval():
+    values = torch.tensor([90.0, 95.0, 100.0])
+    (row,) = results.evaluation_rows([Evaluation(5, 1, 15, values)], "classes")
+    ci95 = row.pop("ci95")
+    assert ci95 == pytest.approx(1.96 * 5 / 3**0.5, abs=5e-4)
+    assert row == {
+        "ways": 5, "shots": 1, "queries": 15, "episodes": 3, "rotations": "classes",
+        "accuracy": 95.0,
+    }  # fmt: skip
+
+
+def test_provenance_tells_where_and_with_what():
+    told = results.provenance(torch.device("cpu"))
+    assert set(told) == {"device", "threads", "torch", "commit"} < set(results.FIELDS)
+    assert told["threads"] == torch.get_num_threads()
+    assert told["torch"] == torch.__version__
+    assert re.fullmatch(r".+, \d+ cores", told["device"])
+
+
+@pytest.mark.parametrize(
+    "answer", [FileNotFoundError("git"), subprocess.CalledProcessError(128, "git")]
+)
+def test_commit_is_unknown_without_git(monkeypatch, answer):
+    def fails(*arguments, **named):
+        raise answer
+
+    monkeypatch.setattr(results, "subprocess", SimpleNamespace(
+        run=fails, CalledProcessError=subprocess.CalledProcessError
+    ))  # fmt: skip
+    assert results.provenance(torch.device("cpu"))["commit"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("row", "setting", "expected"),
+    [
+        (record(), (5, 1), "98.77 ± 0.12"),  # ours is kept to two digits
+        (record(), (20, 1), "-"),
+        (paper(), (5, 1), "98.1"),
+        (
+            paper(evaluations=[{"ways": 20, "shots": 5, "accuracy": 98.9, "ci95": 0.2}]),
+            (20, 5),
+            "98.9 ± 0.2",
+        ),
+    ],
+)
+def test_score(row, setting, expected):
+    assert results.score(row, *setting) == expected
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table_puts_ours_beside_the_published():
+    other = {"ways": 20, "shots": 1, "accuracy": 96.0, "ci95": 0.3}
+    theirs = [paper(), paper(status="second-hand", evaluations=[other])]
+    head, rule, *lines = results.table({"mine": record()}, theirs).splitlines()
+    assert cells(head) == ["Method", "5-way 1-shot", "20-way 1-shot", "Source"]
+    assert cells(rule) == ["---"] * 4
+    assert cells(lines[0]) == ["ProtoNet", "98.77 ± 0.12", "-", "this book, `results/mine.json`"]
+    assert cells(lines[1]) == ["Older", "98.1", "-", "Someone et al. (2016), as printed"]
+    assert cells(lines[2])[1:3] == ["-", "96.0 ± 0.3"]
+    assert cells(lines[2])[3].endswith("as printed, second-hand")
+    assert len(lines) == 3
+
+
+def sound_tables(text):
+    """Every table of a Markdown text has as many cells in each row as in its head."""
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)]
+    for table in tables:
+        assert len({len(cells(line)) for line in table}) == 1, table
+    return len(tables)
+
+
+def test_page_of_one_record(elsewhere):
+    results.write(record(tested_on="glyphs"), elsewhere / "far.json")
+    page = results.page()
+    assert sound_tables(page) == 3
+    assert "this book, `results/mine.json`" in page
+    assert "| ProtoNet | omniglot | glyphs | 98.77 ± 0.12 | - | `results/far.json` |" in page
+    assert "| 7 / 2 / 3 |" in page
+
+
+def test_page_of_the_repository():
+    page = results.page()
+    assert sound_tables(page) >= 2
+    for name in results.records():
+        assert f"`{name}`" in page
+
+
+def test_repository_records_are_whole():
+    for name, found in results.records().items():
+        assert set(results.FIELDS) <= set(found), name
+        assert found["evaluations"], name
+        for e in found["evaluations"]:
+            assert e["episodes"] >= 600, name
+            assert 0 < e["ci95"] < 5 < e["accuracy"] <= 100, name
+
+
+def test_published_rows_are_whole_and_cited():
+    rows = json.loads((results.folder() / "published.json").read_text())
+    assert rows
+    for row in rows:
+        assert row["status"] in ("paper", "second-hand")
+        assert row["note"]
+        assert all(set(e) == {"ways", "shots", "accuracy", "ci95"} for e in row["evaluations"])
+    bibliography = ROOT / "book" / "references.bib"
+    if not bibliography.exists():
+        pytest.skip("book/references.bib is not there")
+    keys = set(re.findall(r"^@\w+\{([^,\s]+),", bibliography.read_text(), re.MULTILINE))
+    assert {row["cite"] for row in rows} <= keys
+
+
+def test_published_takes_one_data_set(elsewhere):
+    rows = [paper(data="omniglot"), paper(data="other", method="Not this")]
+    (elsewhere / "published.json").write_text(json.dumps(rows))
+    assert [row["method"] for row in results.published("omniglot")] == ["Older"]

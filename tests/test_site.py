@@ -1,0 +1,221 @@
+"""The built site: no dead link, nothing undescribed, and whole in a browser with no network."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from conftest import ROOT
+from playwright.sync_api import Browser, Page, Route, sync_playwright
+
+import notebooks
+
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+VIEWS = {"desktop": (1280, 900), "phone": (390, 844)}
+each_page = pytest.mark.parametrize("page", PAGES)
+
+
+@functools.cache
+def read(path: Path) -> BeautifulSoup:
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+def broken_links(site: Path, path: Path) -> Iterator[str]:
+    """Links of one page to files or anchors of the site that are not there."""
+    for tag in read(path).select("[href], [src]"):
+        link = urlsplit(tag.get("href") or tag.get("src"))
+        if link.scheme or link.netloc:
+            continue
+        target = (path.parent / unquote(link.path)).resolve() if link.path else path
+        if not target.exists() or not target.is_relative_to(site.resolve()):
+            yield f"{path.name}: no file {link.path}"
+        elif link.fragment and target.suffix == ".html":
+            anchor = unquote(link.fragment)
+            if not read(target).find(id=anchor) and not read(target).find(attrs={"name": anchor}):
+                yield f"{path.name}: no anchor {link.path}#{link.fragment}"
+
+
+def test_no_link_inside_the_site_is_dead(site: Path):
+    pages = sorted(site.rglob("*.html"))
+    pages = [path for path in pages if "_static" not in path.parts]
+    assert len(pages) > len(PAGES)
+    assert [dead for path in pages for dead in broken_links(site, path)] == []
+
+
+def test_the_first_page_leads_to_the_book(site: Path):
+    first = read(site / "index.html")
+    assert first.html["lang"] == "en"
+    assert first.a["href"] == f"{TOC['root']}.html"
+
+
+@each_page
+def test_page_is_described(site: Path, page: str):
+    html = read(site / f"{page}.html")
+    assert html.html["lang"] == "en"
+    assert html.title.text.strip()
+    assert len(html.select("main article h1")) == 1
+    assert html.select_one("#pst-skip-link a[href='#main-content']")
+    for image in html.select("main img"):
+        assert image.get("alt", "").strip(), image
+    for figure in html.select("main article svg"):
+        label = figure.get("aria-label") or figure.get("aria-labelledby") or figure.find("title")
+        assert label or figure.get("aria-hidden") == "true", "a drawing without a description"
+
+
+@pytest.mark.parametrize("text", notebooks.chapters(), ids=lambda text: text.stem)
+def test_chapter_opens_on_colab(site: Path, text: Path):
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    owner_and_name = config["url"].removeprefix("https://github.com/")
+    address = (
+        f"https://colab.research.google.com/github/{owner_and_name}"
+        f"/blob/{config['branch']}/notebooks/{text.stem}.ipynb"
+    )
+    assert read(site / "notebooks" / f"{text.stem}.html").find("a", href=address)
+
+
+def test_the_repository_address_is_written_once():
+    address = notebooks.repository()
+    written = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("", "book", "metautils", "tools", "tests", ".github/workflows")
+        for path in (ROOT / folder).glob("*")
+        if path.is_file() and address in path.read_text(encoding="utf-8", errors="ignore")
+    ]
+    assert written == ["_config.yml"]
+
+
+@pytest.fixture(scope="session")
+def address(site: Path) -> Iterator[str]:
+    """Where a server on this machine shows the site."""
+    handler = functools.partial(QuietHandler, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a line of log for each."""
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A browser of this machine, without a window."""
+    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if executable is None:
+        pytest.skip(f"there is no browser: none of {', '.join(BROWSERS)} is installed")
+    with sync_playwright() as play:
+        # --no-sandbox: continuous integration runs as root, where the sandbox cannot start.
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = play.chromium.launch(executable_path=executable, args=options)
+        yield browser
+        browser.close()
+
+
+def show(browser: Browser, address: str, page: str, view: str, theme: str) -> tuple[Page, list]:
+    """Open a page with no network but the site itself; also all that went wrong."""
+    width, height = VIEWS[view]
+    tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
+    trouble: list[str] = []
+
+    def pass_own(route: Route) -> None:
+        if route.request.url.startswith((address, "data:", "blob:")):
+            return route.continue_()
+        trouble.append(f"asks the network for {route.request.url}")
+        return route.abort()
+
+    tab.route("**/*", pass_own)
+    tab.on("pageerror", lambda error: trouble.append(f"script error: {error}"))
+    tab.on("console", lambda m: m.type == "error" and trouble.append(f"console: {m.text}"))
+    tab.on("response", lambda r: r.status >= 400 and trouble.append(f"{r.status}: {r.url}"))
+    tab.goto(f"{address}/{page}", wait_until="load")
+    if tab.locator(".math").count():
+        tab.wait_for_function("window.MathJax?.startup?.promise !== undefined")
+        tab.evaluate("MathJax.startup.promise")
+    tab.evaluate("document.fonts.ready")
+    tab.wait_for_load_state("networkidle")
+    return tab, trouble
+
+
+# Formulas that are there, whose fonts came, and that MathJax understood.
+UNSET_FORMULAS = """() => [...document.querySelectorAll('.math')]
+  .filter(m => !m.querySelector('mjx-container') || m.querySelector('mjx-merror'))
+  .map(m => m.textContent.trim())"""
+MISSING_FONTS = """() => [...document.fonts].filter(f => f.status === 'error').map(f => f.family)"""
+# Wider than the screen and in no box that scrolls.
+TOO_WIDE = """() => [...document.querySelectorAll('main article *')].filter(e => {
+  if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
+  for (let box = e; box && box.tagName !== 'ARTICLE'; box = box.parentElement)
+    if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(box).overflowX)
+        && box.getBoundingClientRect().right <= innerWidth + 1) return false;
+  return true;
+}).map(e => e.outerHTML.slice(0, 120))"""
+
+
+@each_page
+@pytest.mark.parametrize(("view", "theme"), [("desktop", "light"), ("phone", "dark")])
+def test_page_is_whole_without_a_network(browser, address, page: str, view: str, theme: str):
+    tab, trouble = show(browser, address, f"{page}.html", view, theme)
+    try:
+        assert trouble == []
+        assert tab.evaluate(UNSET_FORMULAS) == []
+        assert tab.evaluate(MISSING_FONTS) == []
+        assert tab.evaluate("document.documentElement.dataset.theme") == theme
+        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert tab.evaluate(TOO_WIDE) == []
+        assert tab.locator(".search-button-field:visible, .search-button:visible").count() == 1
+    finally:
+        tab.close()
+
+
+def test_contents_of_a_page_open_on_a_phone(browser: Browser, address: str):
+    tab, trouble = show(browser, address, f"{TOC['root']}.html", "phone", "light")
+    try:
+        tab.locator(".secondary-toggle:visible").first.click()
+        assert tab.locator("#pst-secondary-sidebar-modal a:visible").count()
+        assert trouble == []
+    finally:
+        tab.close()
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["served", "from disk"])
+def test_search_finds_a_word(browser: Browser, address: str, site: Path, served: bool):
+    start = address if served else site.as_uri()
+    tab, trouble = show(browser, start, "search.html?q=prototype", "desktop", "light")
+    try:
+        tab.wait_for_selector("#search-results li a", timeout=10_000)
+        assert tab.locator("#search-results li a[href*='glossary']").count()
+        assert trouble == []
+    finally:
+        tab.close()
+
+
+def test_a_hidden_solution_opens(browser: Browser, address: str, site: Path):
+    pages = [p for p in PAGES if read(site / f"{p}.html").select("details, .toggle")]
+    if not pages:
+        pytest.skip("no page has a hidden solution yet")
+    tab, trouble = show(browser, address, f"{pages[0]}.html", "phone", "light")
+    try:
+        if tab.locator("main details").count():
+            tab.locator("main details summary").first.click()
+            assert tab.locator("main details").first.get_attribute("open") is not None
+        else:
+            box = tab.locator("main .admonition.toggle").first
+            box.locator(".admonition-title").click()
+            assert "toggle-hidden" not in box.get_attribute("class")
+        assert trouble == []
+    finally:
+        tab.close()

@@ -1,0 +1,30 @@
+"""The style of the code, in files and in the cells of the chapters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+RUFF = [sys.executable, "-m", "ruff", "check", "--no-cache", "--quiet", "--output-format=concise"]
+
+
+def ruff(root: Path, *options: str) -> str:
+    return subprocess.run([*RUFF, *options], cwd=root, capture_output=True, text=True).stdout
+
+
+def test_code_is_clean(root: Path):
+    assert ruff(root, ".") == ""
+
+
+def test_cells_use_only_names_that_exist(root: Path):
+    assert ruff(root, "--isolated", "--select=F,E7,E9", "notebooks") == ""
+
+
+def test_cells_fit_on_half_a_screen(root: Path):
+    for path in (root / "notebooks").glob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        long = [c.source for c in cells if c.cell_type == "code" and c.source.count("\n") > 30]
+        assert long == [], f"{path.name}: split these cells"

@@ -1,0 +1,447 @@
+"""Training learns, chooses by validation, and survives every way of being interrupted."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import ROOT, blobs, same_weights, tiny
+from torch import nn
+
+import metautils.train
+from metautils.files import DataError, load_safely
+from metautils.learners.protonet import ProtoNet
+from metautils.sampling import EpisodeSampler
+from metautils.train import CHECKPOINT, CheckpointMismatch, History, load_weights, meta_train
+
+STEPS, EVERY = 20, 5
+LENGTH = {"steps": STEPS, "every": EVERY, "validation_episodes": 6, "progress": False}
+
+
+def source(seed=0, ways=3, shots=1, queries=2, tasks=2, rotate=False, bank_seed=0):
+    return EpisodeSampler(blobs(seed=bank_seed), ways, shots, queries, tasks, rotate, seed)
+
+
+def judge():
+    return EpisodeSampler(blobs(seed=9), 3, 1, 2, seed=5)
+
+
+def run(out=None, learner=None, scramble=None, **changed):
+    """A short training with dropout, which draws from the global generator."""
+    learner = learner or tiny(dropout=0.2)
+    if scramble is not None:
+        torch.manual_seed(scramble)
+    history = meta_train(learner, source(), validation=judge(), out=out, **(LENGTH | changed))
+    return learner, history
+
+
+def facts(history):
+    return history.loss, history.accuracy, history.validation
+
+
+class Scripted(ProtoNet):
+    """At the given step something happens to its loss."""
+
+    def __init__(self, at, what):
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(16, 8)))
+        self.spare = nn.Parameter(torch.zeros(2))
+        self.at, self.what, self.calls = at, what, 0
+
+    def loss(self, predictions, query_y):
+        loss = super().loss(predictions, query_y)
+        self.calls += 1
+        return self.what(self, loss) if self.calls == self.at else loss
+
+
+def interrupt(learner, loss):
+    raise KeyboardInterrupt
+
+
+def nan(learner, loss):
+    return loss * math.nan
+
+
+def infinite(learner, loss):
+    return loss * math.inf
+
+
+def spoil(learner, loss):
+    with torch.no_grad():
+        learner.spare[1] = math.inf
+    return loss
+
+
+# Learning
+
+
+def test_loss_falls_and_accuracy_rises():
+    history = meta_train(tiny(), source(), 150, lr=1e-2, progress=False)
+    first, last = slice(0, 15), slice(-15, None)
+    assert len(history.loss) == len(history.accuracy) == 150
+    assert sum(history.loss[last]) < 0.5 * sum(history.loss[first])
+    assert sum(history.accuracy[last]) / 15 > 95 > sum(history.accuracy[first]) / 15
+    assert history.validation == []
+    assert history.seconds > 0
+
+
+def test_learning_rate_follows_the_cosine(monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(self, *arguments, **named):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    meta_train(tiny(), source(), 10, lr=0.02, progress=False)
+    expected = [0.01 * (1 + math.cos(math.pi * t / 10)) for t in range(10)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"), [((10, 90, 50, 60), 1), ((10, 20, 30, 40), 3), ((70, 70, 5, 70), 0)]
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_ends_with_the_weights_that_did_best_on_validation(
+    monkeypatch, tmp_path, scores, best, stored
+):
+    seen = []
+
+    def scripted(learner, sampler, episodes):
+        seen.append({name: x.clone() for name, x in learner.state_dict().items()})
+        return torch.full((episodes,), float(scores[len(seen) - 1]))
+
+    monkeypatch.setattr(metautils.train, "episode_accuracy", scripted)
+    learner, history = run(tmp_path if stored else None)
+    assert history.validation == [(5 * k + 5, s) for k, s in enumerate(scores)]
+    assert same_weights(learner.state_dict(), seen[best])
+    assert not any(same_weights(seen[best], seen[k]) for k in range(4) if k != best)
+    if stored:
+        fresh = tiny(seed=3)
+        load_weights(fresh, tmp_path / CHECKPOINT)
+        assert same_weights(fresh.state_dict(), seen[best])
+
+
+def test_without_validation_the_last_weights_count(tmp_path):
+    learner = tiny()
+    meta_train(learner, source(), 12, every=5, out=tmp_path, progress=False)
+    state = load_safely(tmp_path / CHECKPOINT)
+    assert state["step"] == 12
+    assert same_weights(learner.state_dict(), state["learner"])
+
+
+def test_validation_sees_the_same_episodes_each_time_and_trains_nothing():
+    class Notes(ProtoNet):
+        asked = ()
+
+        def forward(self, support_x, support_y, query_x):
+            if not self.training:
+                self.asked += ((float(support_x.sum()), float(query_x.sum())),)
+            return super().forward(support_x, support_y, query_x)
+
+    learner = Notes(tiny().embed)
+    _, history = run(learner=learner)
+    asked = learner.asked
+    assert len(asked) == 4 * 6
+    assert all(asked[k] == asked[k % 6] for k in range(24))
+    assert len(set(asked)) == 6
+    assert history.loss == meta_train(tiny(), source(), STEPS, progress=False).loss
+
+
+def test_trains_in_training_mode():
+    learner = tiny().eval()
+    before = learner.embed[2].running_mean.clone()
+    meta_train(learner, source(), 1, progress=False)
+    assert not torch.equal(learner.embed[2].running_mean, before)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"every": 0}, {"lr": 0.0}, {"lr": -1.0}])
+def test_numbers_must_be_positive(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"{name}={wrong[name]}.*all must be above 0"):
+        run(**wrong)
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 13, 20])
+def test_interrupted_and_resumed_ends_bit_identical(tmp_path, at):
+    expected, history = run(tmp_path / "whole")
+    calls, loss = 0, ProtoNet.loss
+
+    class Stopped(ProtoNet):
+        def loss(self, predictions, query_y):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+            return loss(self, predictions, query_y)
+
+    learner = tiny(dropout=0.2)
+    learner.__class__ = Stopped
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", learner)
+    started = at > EVERY  # otherwise there is no checkpoint, and all begins anew
+    assert (tmp_path / "cut" / CHECKPOINT).exists() == started
+    learner = tiny(dropout=0.2, seed=4 if started else 0)
+    resumed, again = run(tmp_path / "cut", learner, scramble=77 if started else None)
+    assert same_weights(resumed.state_dict(), expected.state_dict())
+    assert facts(again) == facts(history)
+    states = [load_safely(tmp_path / name / CHECKPOINT) for name in ("whole", "cut")]
+    for part in ("learner", "best"):
+        assert same_weights(states[0][part], states[1][part])
+    assert torch.equal(states[0]["episodes"], states[1]["episodes"])
+
+
+def test_twice_the_same_without_interruption():
+    first, second = run(), run()
+    assert same_weights(first[0].state_dict(), second[0].state_dict())
+    assert facts(first[1]) == facts(second[1])
+
+
+def test_finished_run_given_again_changes_nothing(tmp_path):
+    learner, history = run(tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    again, told = run(tmp_path, tiny(seed=8), scramble=1)
+    assert same_weights(again.state_dict(), learner.state_dict())
+    assert facts(told) == facts(history)
+    assert told.seconds == pytest.approx(history.seconds)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+import torch
+torch.set_num_threads(1)
+from helpers import blobs, tiny
+from metautils.sampling import EpisodeSampler
+from metautils.train import meta_train
+
+out, die = sys.argv[1], int(sys.argv[2])
+save, saves = torch.save, 0
+
+def killed_while_writing(value, file):
+    global saves
+    saves += 1
+    if saves == die:
+        file.write(b"PK half a checkpoint")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(value, file)
+
+torch.save = killed_while_writing
+learner = tiny(dropout=0.2)
+train = EpisodeSampler(blobs(), 3, 1, 2, tasks=2)
+validation = EpisodeSampler(blobs(seed=9), 3, 1, 2, seed=5)
+print("ready", flush=True)
+history = meta_train(learner, train, 150, validation=validation, validation_episodes=5, every=3,
+                     out=out, progress=False)
+torch.save = save
+facts = vars(history)
+del facts["seconds"]
+torch.save({"weights": learner.state_dict(), "facts": facts}, os.path.join(out, "end.pt"))
+"""
+
+
+def start(out, die=0):
+    command = [sys.executable, "-c", SCRIPT, str(out), str(die)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_again_and_again_ends_bit_identical(tmp_path):
+    """SIGKILL while a checkpoint is written, then at random moments; no process gets a warning."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    reference = start(whole)
+    process = start(cut, die=4)
+    assert process.wait(120) == -signal.SIGKILL
+    left = [path.name for path in cut.iterdir() if path.name != CHECKPOINT]
+    assert left == [f".{CHECKPOINT}.{process.pid}"]  # half a file, under a name nobody reads
+    assert load_safely(cut / CHECKPOINT)["step"] == 9
+
+    chance, reached = random.Random(0), [9]
+    for _ in range(2):
+        process = start(cut)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0.0, 0.4))
+        process.kill()
+        process.wait()
+        reached.append(load_safely(cut / CHECKPOINT)["step"])
+    assert reached == sorted(reached)
+    assert start(cut).wait(120) == 0
+    assert reference.wait(120) == 0
+    ends = [load_safely(folder / "end.pt") for folder in (whole, cut)]
+    assert same_weights(ends[0]["weights"], ends[1]["weights"])
+    assert ends[0]["facts"] == ends[1]["facts"]
+    assert len(ends[0]["facts"]["loss"]) == 150
+
+
+def test_stray_temporary_file_is_no_checkpoint(tmp_path):
+    (tmp_path / f".{CHECKPOINT}.123").write_bytes(b"half")
+    learner, history = run(tmp_path)
+    assert len(history.loss) == STEPS
+    assert same_weights(learner.state_dict(), run()[0].state_dict())
+
+
+# What must not be written, and what must not be read
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        (nan, r"^The loss became nan at step 8, so training stopped before writing anything\."),
+        (infinite, r"^The loss became inf at step 8, so training stopped before writing anything"),
+        (spoil, r"^The weights are no longer finite after step 10, so training stopped"),
+    ],
+)
+def test_bad_numbers_stop_training_and_keep_the_last_good_checkpoint(tmp_path, what, sentence):
+    path, before = tmp_path / CHECKPOINT, []
+
+    def note(learner, loss):
+        before.append(path.read_bytes())
+        return what(learner, loss)
+
+    with pytest.raises(FloatingPointError, match=sentence) as caught:
+        run(tmp_path, Scripted(8, note))
+    told = str(caught.value)
+    assert f"The last good checkpoint stays in {path}." in told
+    assert "Try a smaller learning rate than 0.001" in told
+    assert "\n" not in told
+    assert path.read_bytes() == before[0]
+    assert list(tmp_path.iterdir()) == [path]
+    state = load_safely(path)
+    assert state["step"] == 5
+    assert all(x.isfinite().all() for x in state["best"].values() if x.is_floating_point())
+
+
+def test_bad_numbers_without_a_folder_promise_no_checkpoint():
+    with pytest.raises(FloatingPointError, match="The loss became nan at step 2") as caught:
+        run(learner=Scripted(2, nan))
+    assert "checkpoint" not in str(caught.value)
+
+
+def test_bad_pixels_stop_training():
+    bank = blobs()
+    images = bank.images.float()
+    images[:] = math.nan
+    episodes = EpisodeSampler(type(bank)(images, bank.counts, bank.names), 3, 1, 2)
+    with pytest.raises(FloatingPointError, match="loss became nan at step 1.*values in the images"):
+        meta_train(tiny(), episodes, 5, progress=False)
+
+
+def stopped(tmp_path):
+    """A folder with a checkpoint at step 5."""
+    learner = Scripted(8, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, learner)
+    return tmp_path / CHECKPOINT
+
+
+def refuses(path, learner, sentence, error=CheckpointMismatch, episodes=None, **changed):
+    """Resuming fails with the sentence, and neither learner nor file are other than before."""
+    bytes_before = path.read_bytes()
+    before = {name: x.clone() for name, x in learner.state_dict().items()}
+    with pytest.raises(error, match=sentence) as caught:
+        length = LENGTH | changed
+        meta_train(learner, episodes or source(), validation=judge(), out=path.parent, **length)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert same_weights(learner.state_dict(), before)
+    assert path.read_bytes() == bytes_before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("network", "sentence"),
+    [
+        (nn.Linear(16, 9), r"embed\.1\.weight' has shape \(8, 16\) there and \(9, 16\) here"),
+        (nn.Linear(16, 8, bias=False), r"embed\.1\.bias' has shape \(8,\) there and None here"),
+        (
+            nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)),
+            r"embed\.1\.0\.weight' has shape None there and \(8, 16\) here",
+        ),
+    ],
+)
+def test_checkpoint_of_another_network(tmp_path, network, sentence):
+    path, learner = stopped(tmp_path), Scripted(0, nan)
+    learner.embed[1] = network
+    refuses(path, learner, "belongs to another network: '" + sentence)
+    before = {name: x.clone() for name, x in learner.state_dict().items()}
+    with pytest.raises(CheckpointMismatch, match=sentence):
+        load_weights(learner, path)
+    assert same_weights(learner.state_dict(), before)
+
+
+@pytest.mark.parametrize("changed", [{"steps": 21}, {"lr": 0.002}])
+def test_checkpoint_of_another_length_or_learning_rate(tmp_path, changed):
+    (name,) = changed
+    sentence = rf"was made with {name}=(20|0\.001), not {changed[name]}: give the same settings"
+    refuses(stopped(tmp_path), Scripted(0, nan), sentence, **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"seed": 3}, "seed=0, not 3"),
+        ({"ways": 4}, "ways=3, not 4"),
+        ({"shots": 2}, "shots=1, not 2"),
+        ({"queries": 1}, "queries=2, not 1"),
+        ({"tasks": 1}, "tasks=2, not 1"),
+        ({"rotate": True}, "rotate=False, not True"),
+        ({"bank_seed": 1}, "pixels="),
+    ],
+)
+def test_checkpoint_of_other_episodes(tmp_path, changed, sentence):
+    path = stopped(tmp_path)
+    refuses(path, Scripted(0, nan), f"was made with {sentence}", episodes=source(**changed))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_truncated_checkpoint(tmp_path, share):
+    path = stopped(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    refuses(path, Scripted(0, nan), "is damaged, or not written here: delete it", DataError)
+    with pytest.raises(DataError, match="is damaged"):
+        load_weights(Scripted(0, nan), path)
+
+
+@pytest.mark.parametrize("value", [{"weights": torch.ones(2)}, torch.ones(2), None])
+def test_file_that_is_no_checkpoint(tmp_path, value):
+    path = tmp_path / CHECKPOINT
+    torch.save(value, path)
+    refuses(path, Scripted(0, nan), "is no checkpoint of a training", DataError)
+    with pytest.raises(DataError, match="is no checkpoint of a training"):
+        load_weights(Scripted(0, nan), path)
+
+
+def test_load_weights_of_a_missing_file(tmp_path):
+    with pytest.raises(DataError, match=r"checkpoint\.pt does not exist"):
+        load_weights(tiny(), tmp_path / CHECKPOINT)
+
+
+# What is told on the way
+
+
+def test_progress_bar_shows_loss_and_accuracy_and_can_be_silent(capsys):
+    run()
+    assert capsys.readouterr() == ("", "")
+    run(progress=True)
+    told = capsys.readouterr().err
+    assert "train" in told
+    assert f"/{STEPS} " in told
+
+
+def test_history_is_plain_values(tmp_path):
+    _, history = run(tmp_path)
+    assert json.loads(json.dumps(vars(history)))["loss"] == history.loss
+    assert len(history.validation) == STEPS // EVERY
+    assert History() == History([], [], [], 0.0)
+    assert os.listdir(tmp_path) == [CHECKPOINT]
