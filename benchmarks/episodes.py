@@ -26,6 +26,7 @@ from metautils.data.bank import ClassBank
 from metautils.files import data_folder
 from metautils.sampling import EpisodeSampler
 
+torch.set_num_threads(1)  # as in each of DataLoader's workers; two hinder one another when busy
 WAYS, SHOTS, QUERIES, DRAWINGS, EPISODES, ROUNDS = 60, 1, 5, 20, 60, 7
 WHAT = f"{WAYS}-way {SHOTS}-shot {QUERIES}-query episodes at 28x28; DataLoader with 2 workers; "
 

@@ -14,6 +14,7 @@ from PIL import Image
 from metautils import cli, data, results
 from metautils.data.bank import Parts, split_classes
 from metautils.nets import Conv4
+from metautils.sampling import EpisodeSampler
 from metautils.train import CHECKPOINT
 
 
@@ -66,7 +67,8 @@ def test_training_writes_a_whole_record(tmp_path, capsys):
     rows = [(e["ways"], e["shots"], e["queries"], e["episodes"]) for e in record["evaluations"]]
     assert rows == [(5, 1, 3, 3), (5, 5, 3, 3), (20, 1, 3, 3), (20, 5, 3, 3)]
     told = capsys.readouterr().out
-    for e in record["evaluations"]:
+    assert len(record["baseline"]) == 4
+    for e in record["evaluations"] + record["baseline"]:
         line = f"{e['ways']}-way {e['shots']}-shot: {e['accuracy']:.2f} ± {e['ci95']:.2f} %"
         assert line in told
     assert str(tmp_path / "run" / "record.json") in told
@@ -102,12 +104,12 @@ def test_evaluate_scores_again(tmp_path, rotations, capsys):
     capsys.readouterr()
     assert cli.main(["evaluate", str(tmp_path), "--rotations", rotations, "--device", "cpu"]) == 0
     again = load(tmp_path / f"record-glyphs-{rotations}.json")
-    assert capsys.readouterr().out.startswith("5-way 1-shot: ")
-    assert {e["rotations"] for e in again["evaluations"]} == {rotations}
-    same = set(again) - {"evaluations"}
+    assert capsys.readouterr().out.startswith("trained\n  5-way 1-shot: ")
+    assert {e["rotations"] for e in again["evaluations"] + again["baseline"]} == {rotations}
+    same = set(again) - {"evaluations", "baseline"}
     assert {name: again[name] for name in same} == {name: trained[name] for name in same}
     if rotations == "classes":
-        assert again["evaluations"] == trained["evaluations"]
+        assert again == trained
     else:
         assert [e["ways"] for e in again["evaluations"]] == [5, 5]
     assert load(tmp_path / "record.json") == trained
@@ -125,6 +127,20 @@ def test_evaluate_uses_the_trained_weights(tmp_path):
     assert cli.main(command) == 0
     assert {e["accuracy"] for e in load(path)["evaluations"]} == {20.0, 5.0}
     assert load(path)["evaluations"] != first
+
+
+def test_baseline_compares_class_means_of_the_pixels(tmp_path):
+    train(tmp_path)
+    baseline = load(tmp_path / "record.json")["baseline"]
+    sampler = EpisodeSampler(small().test.with_rotations(), 5, 5, 3)
+    right = []
+    for _ in range(3):
+        e = sampler.sample()
+        means = e.support_x[0].flatten(1).view(5, 5, -1).mean(1)
+        nearest = torch.cdist(e.query_x[0].flatten(1), means).argmin(1)
+        right.append(100 * float((nearest == e.query_y[0]).float().mean()))
+    assert (baseline[1]["ways"], baseline[1]["shots"]) == (5, 5)
+    assert baseline[1]["accuracy"] == pytest.approx(sum(right) / 3, abs=1e-3)
 
 
 def test_evaluate_on_another_set(tmp_path):

@@ -1,4 +1,4 @@
-"""Picture the first screen of a chapter for the README: `python tools/screenshot.py [page]`."""
+"""Picture a built page for the README: `python tools/screenshot.py [book/intro.html]`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main(page: str, anchor: str) -> None:
-    """Show the built page from an anchor on, and store what a laptop's screen holds of it."""
+def main(page: str) -> None:
+    """Show the built page, and store what a laptop's screen holds of it."""
     executable = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1200, "height": 800}, color_scheme="light")
-        tab.goto((ROOT / "_build" / "html" / f"{page}.html").as_uri() + f"#{anchor}")
+        tab.goto((ROOT / "_build" / "html" / page).as_uri())
         tab.wait_for_timeout(2000)
         tab.screenshot(path=ROOT / "book" / "_static" / "screenshot.png")
 
 
 if __name__ == "__main__":
-    names = [*sys.argv[1:], "notebooks/04_prototypical_networks", ""]
-    main(names[0], names[1] if len(sys.argv) > 2 else "")
+    main(sys.argv[1] if len(sys.argv) > 1 else "book/intro.html")
