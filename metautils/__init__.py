@@ -1,2 +1,1 @@
 """Meta-learning in readable PyTorch: the code that the chapters of the book share."""
-

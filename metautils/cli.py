@@ -136,13 +136,14 @@ def _rotated(bank: ClassBank, rotations: str) -> ClassBank:
 
 
 def _settings(bank: ClassBank) -> list[tuple[int, int]]:
-    """Every setting for which the bank has the classes and the images."""
+    """Every setting for which the bank has the images; all classes at once where they are few."""
     fewest = int(bank.counts.min())
-    settings = [(n, k) for n, k in SETTINGS if n <= len(bank) and k < fewest]
-    if not settings:
+    known = [(n, k) for n, k in SETTINGS if n <= len(bank)] or [(len(bank), k) for k in (1, 5)]
+    settings = [(n, k) for n, k in known if k < fewest]
+    if len(bank) < 2 or not settings:
         raise ValueError(
-            f"{len(bank)} test classes, of {fewest} images or more, make no task of 5 classes with "
-            "a support and a query image each: give more classes or images."
+            f"Testing needs 2 classes of 2 images or more; there are {len(bank)}, the smallest of "
+            f"{fewest}: give more classes or images."
         )
     return settings
 

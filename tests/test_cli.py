@@ -201,13 +201,21 @@ def test_folder_never_trained(tmp_path, capsys):
     says(capsys, ["evaluate", tmp_path], sentence)
 
 
-def test_more_ways_than_classes(tmp_path, capsys, monkeypatch):
-    """Fewer test classes than the smallest setting has ways: told before any training."""
+def test_one_test_class_makes_no_task(tmp_path, capsys, monkeypatch):
+    """Told before any training."""
     few = split_classes(blobs(classes=8, size=16), (5, 2, 1))
-    monkeypatch.setattr(data.glyphs, "load", lambda seed: few)
-    sentence = "4 test classes, of 8 images or more, make no task of 5 classes"
-    says(capsys, ["train", "protonet", "--out", tmp_path / "run"], sentence)
+    monkeypatch.setattr(data.folder, "load", lambda path, seed: few)
+    sentence = "Testing needs 2 classes of 2 images or more; there are 1, the smallest of 8"
+    says(capsys, ["train", "protonet", "--data", tmp_path, "--out", tmp_path / "run"], sentence)
     assert not (tmp_path / "run").exists()
+
+
+def test_few_test_classes_make_one_task_of_all(tmp_path, monkeypatch):
+    few = split_classes(blobs(classes=8, size=16), (4, 2, 2))
+    monkeypatch.setattr(data.folder, "load", lambda path, seed: few)
+    assert train(tmp_path / "run", "--data", str(tmp_path)) == 0
+    rows = [(e["ways"], e["shots"]) for e in load(tmp_path / "run" / "record.json")["evaluations"]]
+    assert rows == [(2, 1), (2, 5)]
 
 
 def test_set_for_testing_only_cannot_train(tmp_path, capsys):

@@ -91,7 +91,13 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 def take_outputs(notebook: NotebookNode, executed: NotebookNode) -> None:
     """Copy outputs alone: what the executor noted about times and versions stays behind."""
     for cell, done in zip(code_cells(notebook), code_cells(executed), strict=True):
-        cell.outputs, cell.execution_count = joined(done.outputs), done.execution_count
+        kept = [output for output in joined(done.outputs) if not is_progress_bar(output)]
+        cell.outputs, cell.execution_count = kept, done.execution_count
+
+
+def is_progress_bar(output: NotebookNode) -> bool:
+    """Whether this is what a bar left behind: lines drawn over each other on stderr."""
+    return output.get("name") == "stderr" and "\r" in output.text
 
 
 def joined(outputs: Sequence[NotebookNode]) -> list[NotebookNode]:

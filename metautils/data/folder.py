@@ -49,12 +49,19 @@ def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
 
 
 def load(path: str | Path, size: int = 84, channels: int = 3, seed: int = 0) -> Parts:
-    """`bank`, its classes split 64 : 16 : 20 into train, validation and test with `seed`."""
+    """`bank`, its classes split 64 : 16 : 20 into train, validation and test with `seed`.
+
+    Each part gets two classes or more, as one class alone makes no task.
+
+    Raises:
+        DataError: as `bank` does, and if there are fewer than six classes.
+    """
     everything = bank(path, size, channels)
-    train, validation = round(0.64 * len(everything)), round(0.16 * len(everything))
-    return split_classes(
-        everything, (train, validation, len(everything) - train - validation), seed
-    )
+    total = len(everything)
+    if total < 6:
+        raise DataError(f"{path} has {total} classes; parts of two need 6: add some subfolders.")
+    validation, test = max(2, round(0.16 * total)), max(2, round(0.2 * total))
+    return split_classes(everything, (total - validation - test, validation, test), seed)
 
 
 def _is_image(path: Path) -> bool:
