@@ -41,7 +41,7 @@ class Preset:
 
 
 # 60-way 1-shot with 5 queries a class is how Snell et al. 2017 train on Omniglot.
-PRESETS = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(4000, 60, 1, 5, 1000)}
+PRESETS = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(3000, 60, 1, 5, 1000)}
 
 
 def train(args: argparse.Namespace) -> None:
