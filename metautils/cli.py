@@ -94,6 +94,7 @@ def evaluate_again(args: argparse.Namespace) -> None:
     episodes = PRESETS[record["preset"]].episodes
     record |= {
         "tested_on": f"{name}, {split} split" if name == "omniglot" else name,
+        "classes": record["classes"] | {"test": len(parts.test)},
         **_test(learner, parts.test, args.rotations, episodes, args.device),
     }
     out = args.run / f"record-{Path(name).name}-{args.rotations}.json"

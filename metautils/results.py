@@ -16,6 +16,7 @@ FIELDS = (
     "method", "data", "tested_on", "split", "classes", "rotations", "seed", "steps", "train",
     "evaluations", "baseline", "minutes", "device", "threads", "torch", "commit",
 )  # fmt: skip
+TITLES = {"protonet": "Prototypical Networks"}  # a method's name in tables
 
 
 def folder() -> Path:
@@ -61,8 +62,8 @@ def evaluation_rows(evaluations: list[Evaluation], rotations: str) -> list[dict[
             "queries": e.queries,
             "episodes": len(e.per_episode),
             "rotations": rotations,
-            "accuracy": round(e.accuracy, 3),
-            "ci95": round(e.ci95, 3),
+            "accuracy": round(e.accuracy, 4),
+            "ci95": round(e.ci95, 4),
         }
         for e in evaluations
     ]
@@ -125,23 +126,17 @@ def _with_interval(row: dict[str, Any], e: dict[str, Any]) -> str:
 
 def table(ours: dict[str, dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
     """Markdown: the named records first, then rows of papers, with where each comes from."""
-    settings = sorted(
-        {(e["ways"], e["shots"]) for r in [*ours.values(), *theirs] for e in r["evaluations"]}
-    )
-    heads = ["Method", *(f"{n}-way {k}-shot" for n, k in settings), "Source"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for name, row in ours.items():
-        source = f"this book, `results/{name}.json`"
-        lines.append(_line(row, settings, source))
+    everything = [*ours.values(), *theirs]
+    settings = sorted({(e["ways"], e["shots"]) for r in everything for e in r["evaluations"]})
+    sources = [f"this book, `results/{name}.json`" for name in ours]
     for row in theirs:
         known = "" if row["status"] == "paper" else ", second-hand"
-        lines.append(_line(row, settings, f"{row['source']}, {row['note']}{known}"))
-    return "\n".join(lines)
-
-
-def _line(row: dict[str, Any], settings: list[tuple[int, int]], source: str) -> str:
-    cells = [row["method"], *(score(row, n, k) for n, k in settings), source]
-    return "| " + " | ".join(cells) + " |"
+        sources.append(f"{row['source']}, {row['note']}{known}")
+    rows = [
+        [TITLES.get(r["method"], r["method"]), *(score(r, n, k) for n, k in settings), source]
+        for r, source in zip(everything, sources, strict=True)
+    ]
+    return _markdown(["Method", *(f"{n}-way {k}-shot" for n, k in settings), "Source"], rows)
 
 
 def page() -> str:
@@ -149,30 +144,43 @@ def page() -> str:
     found = records()
     same = {k: r for k, r in found.items() if r["data"] == r["tested_on"] == "omniglot"}
     other = {k: r for k, r in found.items() if k not in same}
-    lines = ["## Omniglot", "", table(same, published("omniglot")), ""]
-    if other:
-        lines += ["## Trained on one set, tested on another", ""]
-        heads = "| Method | Trained on | Tested on | 5-way 1-shot | 20-way 1-shot | Source |"
-        lines += [heads, "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {r['method']} | {r['data']} | {r['tested_on']} | {score(r, 5, 1)} "
-            f"| {score(r, 20, 1)} | `results/{k}.json` |"
-            for k, r in other.items()
-        ]
-    heads = ["Record", "Split", "Classes", "Rotations", "Seed", "Steps", "Minutes"]
-    heads += ["Hardware", "torch", "Commit"]
-    lines += ["", "## Where each number comes from", ""]
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    lines += [f"| `{k}` | {_provenance_line(r)} |" for k, r in found.items()]
-    return "\n".join(lines)
+    parts = [
+        "## Omniglot",
+        table(same, published("omniglot")),
+        "## The same networks in other tests",
+        _markdown(
+            ["Trained on", "Tested on", "Test rotations", "5-way 1-shot", "20-way 1-shot",
+             "Pixels, 5-way 1-shot", "Record"],
+            [[r["data"], r["tested_on"], r["evaluations"][0]["rotations"], score(r, 5, 1),
+              score(r, 20, 1), score(r, 5, 1, "baseline"), f"`{k}`"] for k, r in other.items()],
+        ),
+        "## Where each accuracy comes from",
+        _markdown(
+            ["Record", "Split", "Classes", "Training rotations", "Seed", "Steps", "Minutes",
+             "Hardware", "torch", "Commit"],
+            [[f"`{k}`", r["split"], " / ".join(map(str, r["classes"].values())), r["rotations"],
+              r["seed"], r["steps"], r["minutes"], f"{r['device']}, {r['threads']} threads",
+              r["torch"], f"`{r['commit']}`"] for k, r in found.items()],
+        ),
+        "## Speed",
+        *map(_speed, sorted(folder().glob("speed_*.json"))),
+    ]  # fmt: skip
+    return "\n\n".join(parts)
 
 
-def _provenance_line(r: dict[str, Any]) -> str:
-    classes = " / ".join(str(n) for n in r["classes"].values())
-    tested = ", ".join(sorted({e["rotations"] for e in r["evaluations"]}))
-    hardware = f"{r['device']}, {r['threads']} threads"
-    cells = (
-        r["split"], classes, f"train {r['rotations']}, test {tested}", r["seed"], r["steps"],
-        r["minutes"], hardware, r["torch"], f"`{r['commit']}`",
-    )  # fmt: skip
-    return " | ".join(map(str, cells))
+def _speed(path: Path) -> str:
+    r = json.loads(path.read_text())
+    rows = [
+        [name, f"{rate:,}", f"{r['ratios'][name]} x"]
+        for name, rate in r["images_per_second"].items()
+    ]
+    where = f"{r['device']}, torch {r['torch']}, {r['threads']} thread(s), commit `{r['commit']}`"
+    heads = ["Episodes from", "Images a second", "Gather is faster"]
+    return f"{r['what']}; medians of {r['rounds']} interleaved rounds; {where}.\n\n" + _markdown(
+        heads, rows
+    )
+
+
+def _markdown(heads: list[str], rows: list[list[Any]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
