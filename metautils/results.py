@@ -128,15 +128,15 @@ def table(ours: dict[str, dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
     """Markdown: the named records first, then rows of papers, with where each comes from."""
     everything = [*ours.values(), *theirs]
     settings = sorted({(e["ways"], e["shots"]) for r in everything for e in r["evaluations"]})
-    sources = [f"this book, `results/{name}.json`" for name in ours]
+    sources = [f"**this book**, `{name}`" for name in ours]
     for row in theirs:
         known = "" if row["status"] == "paper" else ", second-hand"
         sources.append(f"{row['source']}, {row['note']}{known}")
     rows = [
-        [TITLES.get(r["method"], r["method"]), *(score(r, n, k) for n, k in settings), source]
+        [TITLES.get(r["method"], r["method"]), source, *(score(r, n, k) for n, k in settings)]
         for r, source in zip(everything, sources, strict=True)
     ]
-    return _markdown(["Method", *(f"{n}-way {k}-shot" for n, k in settings), "Source"], rows)
+    return _markdown(["Method", "Source", *(f"{n}-way {k}-shot" for n, k in settings)], rows)
 
 
 def page() -> str:

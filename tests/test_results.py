@@ -24,9 +24,14 @@ def record(**changed):
         "classes": {"train": 7, "validation": 2, "test": 3},
         "seed": 0,
         "minutes": 1.5,
+        "baseline": [evaluation],
         "evaluations": [evaluation],
     }
     return filled | changed
+
+
+SPEED = {"what": "speed", "images_per_second": {"gather": 7000}, "ratios": {"gather": 1.0}}
+SPEED |= {"rounds": 3, "device": "CPU", "threads": 1, "torch": "2", "commit": "abc"}
 
 
 def paper(**changed):
@@ -42,7 +47,7 @@ def elsewhere(tmp_path, monkeypatch):
     """A results folder of its own, with one record, one file of other content, no papers."""
     monkeypatch.setattr(results, "folder", lambda: tmp_path)
     results.write(record(), tmp_path / "mine.json")
-    (tmp_path / "speed_x.json").write_text('{"what": "speed"}')
+    (tmp_path / "speed_x.json").write_text(json.dumps(SPEED))
     (tmp_path / "published.json").write_text(json.dumps([paper(data="omniglot")]))
     return tmp_path
 
@@ -142,12 +147,12 @@ def test_table_puts_ours_beside_the_published():
     other = {"ways": 20, "shots": 1, "accuracy": 96.0, "ci95": 0.3}
     theirs = [paper(), paper(status="second-hand", evaluations=[other])]
     head, rule, *lines = results.table({"mine": record()}, theirs).splitlines()
-    assert cells(head) == ["Method", "5-way 1-shot", "20-way 1-shot", "Source"]
+    assert cells(head) == ["Method", "Source", "5-way 1-shot", "20-way 1-shot"]
     assert cells(rule) == ["---"] * 4
-    assert cells(lines[0]) == ["ProtoNet", "98.77 ± 0.12", "-", "this book, `results/mine.json`"]
-    assert cells(lines[1]) == ["Older", "98.1", "-", "Someone et al. (2016), as printed"]
-    assert cells(lines[2])[1:3] == ["-", "96.0 ± 0.3"]
-    assert cells(lines[2])[3].endswith("as printed, second-hand")
+    assert cells(lines[0]) == ["ProtoNet", "**this book**, `mine`", "98.77 ± 0.12", "-"]
+    assert cells(lines[1]) == ["Older", "Someone et al. (2016), as printed", "98.1", "-"]
+    assert cells(lines[2])[2:] == ["-", "96.0 ± 0.3"]
+    assert cells(lines[2])[1].endswith("as printed, second-hand")
     assert len(lines) == 3
 
 
@@ -162,9 +167,9 @@ def sound_tables(text):
 def test_page_of_one_record(elsewhere):
     results.write(record(tested_on="glyphs"), elsewhere / "far.json")
     page = results.page()
-    assert sound_tables(page) == 3
-    assert "this book, `results/mine.json`" in page
-    assert "| ProtoNet | omniglot | glyphs | 98.77 ± 0.12 | - | `results/far.json` |" in page
+    assert sound_tables(page) == 4
+    assert "**this book**, `mine`" in page
+    assert "| omniglot | glyphs | classes | 98.77 ± 0.12 | - |" in page
     assert "| 7 / 2 / 3 |" in page
 
 
