@@ -169,7 +169,7 @@ def test_page_of_one_record(elsewhere):
     page = results.page()
     assert sound_tables(page) == 4
     assert "**this book**, `mine`" in page
-    assert "| omniglot | glyphs | classes | 98.77 ± 0.12 | - |" in page
+    assert "| omniglot | glyphs | none | 98.77 ± 0.12 | - |" in page
     assert "| 7 / 2 / 3 |" in page
 
 
