@@ -14,6 +14,8 @@ from metautils.learners.base import Learner
 from metautils.precision import fast_autocast
 from metautils.sampling import EpisodeSampler
 
+IMAGES_AT_ONCE = 1000  # tasks are tested in batches of about so many, to keep processors busy
+
 
 def interval95(values: Tensor) -> float:
     """Half width of the 95 % interval of a mean: 1.96 standard errors, in the values' unit.
@@ -105,7 +107,8 @@ def evaluate(
     """
     results = []
     for ways, shots in tqdm(settings, desc="evaluate", disable=not progress, leave=False):
-        sampler = EpisodeSampler(bank, ways, shots, queries, rotate=rotate, seed=seed)
+        tasks = max(1, IMAGES_AT_ONCE // (ways * (shots + queries)))
+        sampler = EpisodeSampler(bank, ways, shots, queries, tasks, rotate, seed)
         accuracy = episode_accuracy(learner, sampler, episodes)
         results.append(Evaluation(ways, shots, queries, accuracy))
     return results

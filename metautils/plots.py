@@ -100,8 +100,13 @@ def draw_grid(rows: Sequence[Tensor], titles: Sequence[str] = (), scale: float =
     return figure
 
 
-def draw_episode(episode: Episode, task: int = 0, queries: int = 10) -> Figure:
-    """One task: each class's support images in its colour, beside `queries` unlabelled queries."""
+def draw_episode(
+    episode: Episode, task: int = 0, queries: int = 10, reveal: bool = False
+) -> Figure:
+    """One task: each class's support images in its colour, beside `queries` queries in grey.
+
+    With `reveal`, the same queries in the colours of their classes.
+    """
     shots = episode.support_x.shape[1] // episode.ways
     columns = -(-queries // episode.ways)
     across = shots + 1 + columns
@@ -119,7 +124,8 @@ def draw_episode(episode: Episode, task: int = 0, queries: int = 10) -> Figure:
             ax.axis("off")
         for ax, k in zip(line[shots + 1 :], chosen[way * columns :], strict=False):
             ax.axis("on")
-            draw_image(ax, episode.query_x[task][k], colour="#8C8C8C")
+            answer = COLOURS[int(episode.query_y[task][k]) % len(COLOURS)]
+            draw_image(ax, episode.query_x[task][k], colour=answer if reveal else "#8C8C8C")
     axes[0, 0].set_title("support", fontsize=11)
     axes[0, shots + 1].set_title("queries", fontsize=11, loc="left")
     return figure

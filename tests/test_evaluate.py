@@ -114,7 +114,7 @@ def test_rotation_reaches_the_episodes():
 def test_mode_is_evaluation_for_the_while(training):
     learner = Notes().train(training)
     evaluate(learner, numbered(5, 5), [(2, 1)], queries=2, episodes=2)
-    assert learner.modes == [(False, False, False)] * 2
+    assert learner.modes == [(False, False, False)]
     assert (learner.training, learner.drop.training) == (training, training)
 
 

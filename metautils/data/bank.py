@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metautils.precision import fast_autocast
+
 
 def as_float(images: Tensor) -> Tensor:
     """uint8 images as float in [0, 1]; anything else as it is."""
@@ -99,7 +101,8 @@ class ClassBank:
 
         Right only where an image's embedding does not depend on the task around it.
         """
-        rows = [embed(as_float(x)).float() for x in self.images.split(batch)]
+        with fast_autocast(self.images.device):
+            rows = [embed(as_float(x)).float() for x in self.images.split(batch)]
         return replace(self, images=torch.cat(rows))
 
 
