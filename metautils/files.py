@@ -17,7 +17,8 @@ class DataError(RuntimeError):
 def save_atomically(value: Any, path: Path) -> None:
     """`torch.save` to a temporary name beside `path`, then rename: no reader sees a half file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # One name for all: what a killed run leaves behind, the next one overwrites.
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
             torch.save(value, file)

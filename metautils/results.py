@@ -35,7 +35,7 @@ def write(record: dict[str, Any], path: Path) -> None:
     if missing:
         raise ValueError(f"The record lacks {', '.join(missing)}; every field is needed.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(path)
 

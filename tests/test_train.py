@@ -263,7 +263,7 @@ def test_killed_again_and_again_ends_bit_identical(tmp_path):
     process = start(cut, die=4)
     assert process.wait(120) == -signal.SIGKILL
     left = [path.name for path in cut.iterdir() if path.name != CHECKPOINT]
-    assert left == [f".{CHECKPOINT}.{process.pid}"]  # half a file, under a name nobody reads
+    assert left == [f".{CHECKPOINT}.partial"]  # half a file, under a name nobody reads
     assert load_safely(cut / CHECKPOINT)["step"] == 9
 
     chance, reached = random.Random(0), [9]
@@ -281,6 +281,7 @@ def test_killed_again_and_again_ends_bit_identical(tmp_path):
     assert same_weights(ends[0]["weights"], ends[1]["weights"])
     assert ends[0]["facts"] == ends[1]["facts"]
     assert len(ends[0]["facts"]["loss"]) == 150
+    assert {path.name for path in cut.iterdir()} == {CHECKPOINT, "end.pt"}
 
 
 def test_stray_temporary_file_is_no_checkpoint(tmp_path):
