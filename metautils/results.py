@@ -183,4 +183,5 @@ def _speed(path: Path) -> str:
 
 def _markdown(heads: list[str], rows: list[list[Any]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return text.replace(" ± ", "\u00a0±\u00a0")  # a narrow column must not part a number from its ±
