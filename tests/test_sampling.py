@@ -128,7 +128,7 @@ def test_global_generator_neither_steers_nor_is_moved():
     assert drawn(3) == first
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize("rotate", [False, True])
 def test_same_episodes_on_a_gpu(rotate):
     bank = patterns()
