@@ -83,6 +83,13 @@ def test_chapter_opens_on_colab(site: Path, text: Path):
     assert read(site / "notebooks" / f"{text.stem}.html").find("a", href=address)
 
 
+@each_page
+def test_a_table_is_a_table(site: Path, page: str):
+    """A row of bars in running text is Markdown that nobody rendered."""
+    text = [p.get_text() for p in read(site / f"{page}.html").select("article p")]
+    assert not [line for line in text if line.count(" | ") > 3]
+
+
 def test_the_repository_address_is_written_once():
     address = notebooks.repository()
     written = [
