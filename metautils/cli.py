@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from metautils import data, results
 from metautils.data.bank import ClassBank, Parts
 from metautils.evaluate import evaluate
 from metautils.files import DataError
+from metautils.learners.anil import ANIL
 from metautils.learners.base import Learner
+from metautils.learners.maml import FOMAML, MAML
+from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.protonet import ProtoNet
-from metautils.nets import Conv4
+from metautils.learners.reptile import Reptile
+from metautils.nets import BatchNorm, Conv4, classifier
 from metautils.sampling import EpisodeSampler
 from metautils.train import CHECKPOINT, CheckpointMismatch, load_weights, meta_train
 
-METHODS = {"protonet": ProtoNet}
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 QUERIES = 15
 DRAWN = ("glyphs", "omniglot")  # a drawing turned by 90 degrees is a new character; a photo is not
@@ -38,32 +41,80 @@ class Preset:
     shots: int
     queries: int
     episodes: int
+    tasks: int = 1
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to make a learner for images of some channels, and how to train it.
+
+    Attributes:
+        make: from channels, ways and whether queries may see one another.
+        presets: by name.
+        rotations: of drawings in training: all four as classes, or one for a class and task.
+        any_ways: tested with other ways and shots than it was trained with.
+    """
+
+    make: Callable[[int, int, bool], Learner]
+    presets: dict[str, Preset]
+    rotations: str = "episode"
+    any_ways: bool = False
+
+
+def _adapting(learner: type[MAML], **options: Any) -> Callable[[int, int, bool], Learner]:
+    """A learner that adapts, on the strided network of Finn et al. 2017."""
+
+    def make(channels: int, ways: int, transductive: bool) -> Learner:
+        net = classifier(Conv4(channels, strided=True, norm=BatchNorm), 64, ways)
+        return learner(net, **options, transductive=transductive)
+
+    return make
 
 
 # 60-way 1-shot with 5 queries a class is how Snell et al. 2017 train on Omniglot.
-PRESETS = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(3000, 60, 1, 5, 1000)}
+PROTONET = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(3000, 60, 1, 5, 1000)}
+ADAPTING = {
+    "quick": Preset(300, 5, 1, 5, 600, tasks=8),
+    "full": Preset(16000, 5, 1, 5, 1000, tasks=16),
+}
+METHODS = {
+    "protonet": Method(lambda c, *_: ProtoNet(Conv4(c)), PROTONET, "classes", any_ways=True),
+    "maml": Method(_adapting(MAML, test_steps=3), ADAPTING),
+    "fomaml": Method(_adapting(FOMAML, test_steps=3), ADAPTING),
+    "anil": Method(_adapting(ANIL, test_steps=3), ADAPTING),
+    "meta_sgd": Method(_adapting(MetaSGD), ADAPTING),
+    "reptile": Method(_adapting(Reptile, test_steps=50), ADAPTING),
+}
 
 
 def train(args: argparse.Namespace) -> None:
     """Train, test and write `record.json`; the same command goes on after an interruption."""
-    preset, made_by = PRESETS[args.preset], results.provenance(args.device)
+    method, made_by = METHODS[args.method], results.provenance(args.device)
     parts = data.load(args.data, args.seed, args.split)
     for name, part in zip(Parts._fields, parts, strict=True):
         if not len(part):
             raise ValueError(f"{args.data} leaves no class for {name}: choose a set with more.")
-    rotations = "classes" if args.data in DRAWN else "none"
-    _settings(_rotated(parts.test, rotations))  # told before the training, not after it
-    learner = _learner(args.method, parts.train, args.seed).to(args.device)
+    preset = _preset(method.presets[args.preset], args, len(parts.train))
+    rotations = method.rotations if args.data in DRAWN else "none"
+    asked = None if method.any_ways else (preset.ways, preset.shots)
+    _settings(_rotated(parts.test, rotations), asked)  # told before the training, not after it
+    ways, turned = preset.ways, rotations == "episode"
+    learner = _learner(args.method, parts.train, ways, args.transductive, args.seed)
+    learner = learner.to(args.device)
     source = _rotated(parts.train, rotations).to(args.device)
-    ways = min(preset.ways, len(source))
-    episodes = EpisodeSampler(source, ways, preset.shots, preset.queries, seed=args.seed)
+    episodes = EpisodeSampler(
+        source, ways, preset.shots, preset.queries, preset.tasks, turned, args.seed
+    )
     validation = _rotated(parts.validation, rotations).to(args.device)
-    choose = EpisodeSampler(validation, min(20, len(validation)), 1, preset.queries, seed=args.seed)
+    n, tasks = min(20 if method.any_ways else ways, len(validation)), min(preset.tasks, 10)
+    choose = EpisodeSampler(validation, n, preset.shots, preset.queries, tasks, turned, args.seed)
     history = meta_train(
-        learner, episodes, preset.steps, validation=choose, every=250, out=args.out
+        learner, episodes, preset.steps, preset.lr, choose, every=250, out=args.out
     )
     record = {
         "method": args.method,
+        "learner": learner.extra_repr(),
         "data": args.data,
         "tested_on": args.data,
         "split": args.split if args.data == "omniglot" else "classes",
@@ -71,12 +122,13 @@ def train(args: argparse.Namespace) -> None:
         "rotations": rotations,
         "seed": args.seed,
         "steps": preset.steps,
-        "train": {"ways": ways, "shots": preset.shots, "queries": preset.queries, "tasks": 1},
-        **_test(learner, parts.test, rotations, preset.episodes, args.device),
+        "train": {"ways": ways, "shots": preset.shots, "queries": preset.queries,
+                  "tasks": preset.tasks},
+        **_test(learner, parts.test, rotations, preset.episodes, args.device, asked),
         "minutes": round(history.seconds / 60, 2),
         "preset": args.preset,
         **made_by,
-    }
+    }  # fmt: skip
     results.write(record, args.out / "record.json")
     print(f"{record['minutes']} minutes of training; record in {args.out / 'record.json'}")
 
@@ -87,17 +139,22 @@ def evaluate_again(args: argparse.Namespace) -> None:
     if not path.exists():
         raise DataError(f"{path} does not exist: train with --out {args.run} first.")
     record = json.loads(path.read_text())
+    method, trained = METHODS[record["method"]], record["train"]
     name, split = args.data or record["data"], args.split or record["split"]
     parts = data.load(name, record["seed"], split if name == "omniglot" else "random")
-    learner = _learner(record["method"], parts.test, record["seed"]).to(args.device)
+    learner = _learner(
+        record["method"], parts.test, trained["ways"], args.transductive, record["seed"]
+    ).to(args.device)
     load_weights(learner, args.run / CHECKPOINT)
-    episodes = PRESETS[record["preset"]].episodes
+    episodes = method.presets[record["preset"]].episodes
+    asked = None if method.any_ways else (trained["ways"], trained["shots"])
     record |= {
         "tested_on": f"{name}, {split} split" if name == "omniglot" else name,
         "classes": record["classes"] | {"test": len(parts.test)},
-        **_test(learner, parts.test, args.rotations, episodes, args.device),
+        **_test(learner, parts.test, args.rotations, episodes, args.device, asked),
     }
-    out = args.run / f"record-{Path(name).name}-{args.rotations}.json"
+    how = "" if args.transductive else "-inductive"
+    out = args.run / f"record-{Path(name).name}-{args.rotations}{how}.json"
     results.write(record, out)
     print(f"Record in {out}")
 
@@ -127,34 +184,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _learner(method: str, bank: ClassBank, seed: int) -> Learner:
+def _preset(preset: Preset, args: argparse.Namespace, classes: int) -> Preset:
+    """The preset with the ways and shots asked for, and no more ways than there are classes."""
+    ways, shots = args.ways or min(preset.ways, classes), args.shots or preset.shots
+    return replace(preset, ways=ways, shots=shots)
+
+
+def _learner(method: str, bank: ClassBank, ways: int, transductive: bool, seed: int) -> Learner:
     torch.manual_seed(seed)
-    return METHODS[method](Conv4(channels=bank.images.shape[1]))
+    return METHODS[method].make(bank.images.shape[1], ways, transductive)
 
 
 def _rotated(bank: ClassBank, rotations: str) -> ClassBank:
     return bank.with_rotations() if rotations == "classes" else bank
 
 
-def _settings(bank: ClassBank) -> list[tuple[int, int]]:
-    """Every setting for which the bank has the images; all classes at once where they are few."""
+def _settings(bank: ClassBank, asked: tuple[int, int] | None) -> list[tuple[int, int]]:
+    """What was asked for, or every setting that the bank can fill; all classes where few."""
     fewest = int(bank.counts.min())
     known = [(n, k) for n, k in SETTINGS if n <= len(bank)] or [(len(bank), k) for k in (1, 5)]
-    settings = [(n, k) for n, k in known if k < fewest]
+    settings = [(n, k) for n, k in ([asked] if asked else known) if k < fewest and n <= len(bank)]
     if len(bank) < 2 or not settings:
+        ways, shots = asked or (2, 1)
         raise ValueError(
-            f"Testing needs 2 classes of 2 images or more; there are {len(bank)}, the smallest of "
-            f"{fewest}: give more classes or images."
+            f"Testing needs {ways} classes of {shots + 1} images or more; there are {len(bank)}, "
+            f"the smallest of {fewest}: give more classes or images."
         )
     return settings
 
 
 def _test(
-    learner: Learner, bank: ClassBank, rotations: str, episodes: int, device: torch.device
+    learner: Learner,
+    bank: ClassBank,
+    rotations: str,
+    episodes: int,
+    device: torch.device,
+    asked: tuple[int, int] | None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Evaluations of the learner, and of class means in raw pixels on the same episodes."""
     bank = _rotated(bank, rotations).to(device)
-    settings = _settings(bank)
+    settings = _settings(bank, asked)
     queries = min(QUERIES, int(bank.counts.min()) - max(k for _, k in settings))
     rows = {}
     for name, each in {"evaluations": learner, "baseline": ProtoNet(nn.Flatten())}.items():
@@ -175,9 +244,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("method", choices=METHODS)
     one.add_argument("--data", default="glyphs", help="glyphs, omniglot or a folder of images")
     one.add_argument("--split", default="random", choices=["random", "background"])
-    one.add_argument("--preset", default="quick", choices=PRESETS)
+    one.add_argument("--preset", default="quick", choices=["quick", "full"])
     one.add_argument("--out", type=Path, required=True, help="folder for checkpoint and record")
     one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--ways", type=_positive, help="of the training episodes")
+    one.add_argument("--shots", type=_positive, help="of the training episodes")
     one.set_defaults(run_command=train)
 
     two = commands.add_parser(
@@ -200,6 +271,12 @@ def _parser() -> argparse.ArgumentParser:
     where = "cuda" if torch.cuda.is_available() else "cpu"
     for command in (one, two):
         command.add_argument("--device", type=_device, default=where)
+        command.add_argument(
+            "--inductive",
+            dest="transductive",
+            action="store_false",
+            help="normalise queries by the support set, not by one another",
+        )
     return parser
 
 
@@ -209,3 +286,10 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         message = f"{name!r} is no device of this machine: try cpu"
         raise argparse.ArgumentTypeError(message) from error
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number

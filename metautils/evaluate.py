@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metautils.data.bank import ClassBank
+from metautils.data.regression import RegressionSampler
 from metautils.learners.base import Learner
 from metautils.precision import fast_autocast
 from metautils.sampling import EpisodeSampler
@@ -35,12 +36,14 @@ class Evaluation:
     Attributes:
         ways, shots, queries: of the episodes; queries are per class.
         per_episode: `(episodes,)`, percent of each episode's queries classified rightly.
+        transductive: whether the queries of a task helped one another.
     """
 
     ways: int
     shots: int
     queries: int
     per_episode: Tensor
+    transductive: bool = False
 
     @property
     def accuracy(self) -> float:
@@ -53,25 +56,45 @@ class Evaluation:
         return interval95(self.per_episode)
 
     def __str__(self) -> str:
-        return f"{self.ways}-way {self.shots}-shot: {self.accuracy:.2f} ± {self.ci95:.2f} %"
+        how = ", transductive" if self.transductive else ""
+        return f"{self.ways}-way {self.shots}-shot{how}: {self.accuracy:.2f} ± {self.ci95:.2f} %"
 
 
-@torch.no_grad()
 def episode_accuracy(learner: Learner, sampler: EpisodeSampler, episodes: int) -> Tensor:
     """Percent right in each of the next `episodes` episodes of `sampler`, `(episodes,)`.
 
     The learner is put into evaluation mode for the while.
     """
+    return 100 * _per_task(
+        learner, sampler, episodes, lambda logits, y: (logits.argmax(-1) == y).float().mean(1)
+    )
+
+
+def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) -> Tensor:
+    """Mean squared error in each of the next `episodes` tasks of `sampler`, `(episodes,)`.
+
+    The learner is put into evaluation mode for the while.
+    """
+    return _per_task(learner, sampler, episodes, lambda p, y: (p - y).square().flatten(1).mean(1))
+
+
+@torch.no_grad()
+def _per_task(
+    learner: Learner,
+    sampler: EpisodeSampler | RegressionSampler,
+    episodes: int,
+    score: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
     was_training = learner.training
     learner.eval()
     rows = []
     for _ in range(-(-episodes // sampler.tasks)):
         episode = sampler.sample()
         with fast_autocast(episode.query_x.device):
-            logits = learner(episode.support_x, episode.support_y, episode.query_x)
-        rows.append((logits.argmax(-1) == episode.query_y).float().mean(1))
+            predictions = learner(episode.support_x, episode.support_y, episode.query_x)
+        rows.append(score(predictions, episode.query_y))
     learner.train(was_training)
-    return 100 * torch.cat(rows)[:episodes].cpu()
+    return torch.cat(rows)[:episodes].cpu()
 
 
 def evaluate(
@@ -110,5 +133,5 @@ def evaluate(
         tasks = max(1, IMAGES_AT_ONCE // (ways * (shots + queries)))
         sampler = EpisodeSampler(bank, ways, shots, queries, tasks, rotate, seed)
         accuracy = episode_accuracy(learner, sampler, episodes)
-        results.append(Evaluation(ways, shots, queries, accuracy))
+        results.append(Evaluation(ways, shots, queries, accuracy, learner.transductive))
     return results

@@ -62,6 +62,7 @@ def evaluation_rows(evaluations: list[Evaluation], rotations: str) -> list[dict[
             "queries": e.queries,
             "episodes": len(e.per_episode),
             "rotations": rotations,
+            "transductive": e.transductive,
             "accuracy": round(e.accuracy, 4),
             "ci95": round(e.ci95, 4),
         }

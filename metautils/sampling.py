@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,16 @@ class EpisodeSampler:
         self.bank, self.rotate = bank, rotate
         self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
         self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells these episodes from others, but for the state of the generator."""
+        told = ("ways", "shots", "queries", "tasks", "rotate")
+        return {
+            "seed": self.generator.initial_seed(),
+            "pixels": float(self.bank.images.sum(dtype=torch.float64)),  # another set, another sum
+            **{name: getattr(self, name) for name in told},
+        }
 
     def indices(self) -> tuple[Tensor, Tensor]:
         """Draw classes `(tasks, ways)` and image rows `(tasks, ways, shots + queries)`."""

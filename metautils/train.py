@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from metautils.data.regression import RegressionSampler
 from metautils.evaluate import episode_accuracy
 from metautils.files import DataError, load_safely, save_atomically
 from metautils.learners.base import Learner
@@ -30,7 +32,7 @@ class History:
 
     Attributes:
         loss: of every step.
-        accuracy: of every step's queries, percent.
+        accuracy: of every step's queries, percent; empty in regression.
         validation: (step, percent on the validation episodes), one for each validation.
         seconds: spent in training and validation, over all resumptions.
     """
@@ -43,7 +45,7 @@ class History:
 
 def meta_train(
     learner: Learner,
-    episodes: EpisodeSampler,
+    episodes: EpisodeSampler | RegressionSampler,
     steps: int,
     lr: float = 1e-3,
     validation: EpisodeSampler | None = None,
@@ -64,7 +66,7 @@ def meta_train(
         episodes: what to train on, on the same device.
         steps: updates, one episode each.
         lr: of Adam at the start.
-        validation: episodes of validation classes, never of test classes.
+        validation: episodes of validation classes, never of test classes; for classification.
         validation_episodes: how many of them.
         every: steps between validations and checkpoints.
         out: folder for `checkpoint.pt`, which holds the last state and the best weights.
@@ -129,7 +131,7 @@ class _Run:
     def __init__(
         self,
         learner: Learner,
-        episodes: EpisodeSampler,
+        episodes: EpisodeSampler | RegressionSampler,
         validation: EpisodeSampler | None,
         steps: int,
         lr: float,
@@ -139,15 +141,8 @@ class _Run:
         self.path = path
         self.optimizer = torch.optim.Adam(learner.parameters(), lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-        told = ("ways", "shots", "queries", "tasks", "rotate")
-        images = episodes.bank.images
-        self.settings = {
-            "steps": steps,
-            "lr": lr,
-            "seed": episodes.generator.initial_seed(),
-            "pixels": float(images.sum(dtype=torch.float64)),  # another set has another sum
-            **{name: getattr(episodes, name) for name in told},
-        }
+        told = {"steps": steps, "lr": lr, "learner": learner.extra_repr()}
+        self.settings = told | episodes.settings
         # The same validation episodes every time, so that two steps can be compared.
         self.first = None if validation is None else validation.generator.get_state()
         self.step, self.best, self.best_accuracy = 0, _copy(learner.state_dict()), -1.0
@@ -157,19 +152,24 @@ class _Run:
     def advance(self) -> None:
         """One update from one episode."""
         episode = self.episodes.sample()
-        with fast_autocast(episode.query_x.device):
-            logits = self.learner(episode.support_x, episode.support_y, episode.query_x)
-        loss = self.learner.loss(logits, episode.query_y)
-        if not loss.isfinite():
-            self.stop(f"The loss became {float(loss.detach())} at step {self.step + 1}")
         self.optimizer.zero_grad()
-        loss.backward()
+        total, right = 0.0, []
+        for part in episode.parts(self.learner.tasks_at_once):
+            with fast_autocast(episode.query_x.device):
+                loss, predictions = self.learner.meta_loss(part)
+            loss = loss * (part.tasks / episode.tasks)
+            loss.backward()
+            total += float(loss.detach())
+            if part.classes is not None:
+                right.append(predictions.argmax(-1) == part.query_y)
+        if not math.isfinite(total):
+            self.stop(f"The loss became {total} at step {self.step + 1}")
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        right = (logits.argmax(-1) == episode.query_y).float().mean()
-        self.history.loss.append(float(loss.detach()))
-        self.history.accuracy.append(100 * float(right))
+        self.history.loss.append(total)
+        if right:
+            self.history.accuracy.append(100 * float(torch.cat(right).float().mean()))
 
     def checkpoint(self, validation_episodes: int) -> None:
         """Validate, remember the best weights, write everything down."""
@@ -231,10 +231,8 @@ class _Run:
     def summary(self) -> dict[str, str]:
         recent = slice(-50, None)
         loss, accuracy = self.history.loss[recent], self.history.accuracy[recent]
-        return {
-            "loss": f"{sum(loss) / len(loss):.3f}",
-            "accuracy": f"{sum(accuracy) / len(accuracy):.1f} %",
-        }
+        told = {"loss": f"{sum(loss) / len(loss):.3f}"}
+        return told | ({"accuracy": f"{sum(accuracy) / len(accuracy):.1f} %"} if accuracy else {})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metautils.episode import Episode
+
 
 class Learner(nn.Module):
     """A mapping from a task to predictions: `learner(support_x, support_y, query_x)`.
@@ -15,8 +17,31 @@ class Learner(nn.Module):
     - `support_x`: `(tasks, S, ...)` and `support_y`: `(tasks, S)` int64 in `[0, ways)`,
     - `query_x`: `(tasks, Q, ...)`,
     - returns logits `(tasks, Q, ways)`.
+
+    In regression `support_y` holds float targets `(tasks, S, outputs)`, and predictions have the
+    shape `(tasks, Q, outputs)`.
+
+    Attributes:
+        transductive: whether a prediction depends on the other queries of its task.
+        tasks_at_once: how many tasks of an episode `meta_train` takes before it runs backward
+            (None: all). The sum of the gradients is the same; memory and speed are not.
     """
 
+    transductive: bool = False
+    tasks_at_once: int | None = None
+
     def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
-        """Mean cross-entropy of logits `(tasks, Q, ways)` and labels `(tasks, Q)`, a scalar."""
-        return F.cross_entropy(predictions.flatten(0, 1), query_y.flatten())
+        """`task_loss` over all queries of all tasks, a scalar."""
+        return task_loss(predictions.flatten(0, 1), query_y.flatten(0, 1))
+
+    def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """The scalar whose gradient trains the learner, and the predictions for the queries."""
+        predictions = self(episode.support_x, episode.support_y, episode.query_x)
+        return self.loss(predictions, episode.query_y), predictions
+
+
+def task_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy for int64 labels `(n,)`, mean squared error for float targets."""
+    if targets.is_floating_point():
+        return F.mse_loss(predictions, targets)
+    return F.cross_entropy(predictions, targets)

@@ -1,0 +1,277 @@
+"""The differentiable inner loop: gradient steps on any module that keep their own derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+Named = dict[str, Tensor]
+Rate = float | Tensor | Mapping[str, Tensor]
+
+
+class Adapted:
+    """A module seen with parameters of its own: call it as you would call the module.
+
+    Attributes:
+        module: whose `forward` is run; its own parameters and buffers are never written.
+        parameters: phi, by name, the parameters used instead.
+        buffers: by name; what a call changes in them stays here, with this task.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Named, buffers: Named) -> None:
+        self.module, self.parameters, self.buffers = module, parameters, buffers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state = {**self.parameters, **self.buffers}
+        output = functional_call(self.module, state, args, kwargs)
+        self.buffers = {name: state[name] for name in self.buffers}
+        return output
+
+
+class SGD:
+    """Gradient descent, `phi <- phi - lr * v` with `v <- momentum * v + gradient`.
+
+    Args:
+        lr: alpha, above 0: a number or a tensor for all parameters, or a tensor for each by name,
+            of the parameter's shape or a scalar. A list holds one such rate for every step. A
+            tensor that requires a gradient is learned, and may become negative.
+        momentum: in [0, 1); the velocity starts at 0, as in torch.
+
+    Raises:
+        ValueError: if a rate that is not learned is 0 or below, or momentum is out of range.
+    """
+
+    def __init__(self, lr: Rate | Sequence[Rate], momentum: float = 0.0) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}; it must be at least 0 and below 1.")
+        self.lr, self.momentum = _checked(lr), momentum
+
+    def step(self, phi: Named, gradients: Named, state: dict, k: int) -> tuple[Named, dict]:
+        """Inner step number `k`, counted from 0: new parameters and state."""
+        v = gradients
+        if self.momentum and state:
+            v = {name: self.momentum * state["v"][name] + g for name, g in gradients.items()}
+        return {name: p - _rate(self.lr, name, k) * v[name] for name, p in phi.items()}, {"v": v}
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015, algorithm 1), differentiable through both of its averages.
+
+    Args:
+        lr: as in `SGD`.
+        betas: decay of the averages of the gradient and of its square, each in [0, 1).
+        eps: added to the root of the second average.
+
+    Raises:
+        ValueError: if a rate that is not learned is 0 or below, or a beta is out of range.
+    """
+
+    def __init__(
+        self,
+        lr: Rate | Sequence[Rate],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are {betas}; both must be at least 0 and below 1.")
+        self.lr, self.betas, self.eps = _checked(lr), betas, eps
+
+    def step(self, phi: Named, gradients: Named, state: dict, k: int) -> tuple[Named, dict]:
+        """Inner step number `k`, counted from 0: new parameters and state."""
+        zeros = {name: torch.zeros_like(g) for name, g in gradients.items()}
+        (b1, b2), m, v = self.betas, state.get("m", zeros), state.get("v", zeros)
+        m = {name: b1 * m[name] + (1 - b1) * g for name, g in gradients.items()}
+        v = {name: b2 * v[name] + (1 - b2) * g.square() for name, g in gradients.items()}
+        c1, c2 = 1 - b1 ** (k + 1), 1 - b2 ** (k + 1)
+        new = {
+            name: p - _rate(self.lr, name, k) * (m[name] / c1) / (_root(v[name] / c2) + self.eps)
+            for name, p in phi.items()
+        }
+        return new, {"m": m, "v": v}
+
+
+def inner_steps(
+    module: nn.Module,
+    loss: Callable[[Adapted], Tensor],
+    optimizer: SGD | Adam,
+    *,
+    first_order: bool = False,
+    only: Collection[str] = (),
+    clip: float | None = None,
+    allow_unused: bool = False,
+) -> Iterator[Adapted]:
+    """Yield the module after 0, 1, 2, ... inner steps, without end.
+
+    Each step is `phi <- phi - alpha * grad(loss)(phi)`, starting at the module's own parameters
+    theta, or what another optimiser makes of the gradient. What is yielded is a differentiable
+    function of theta and of learned rates (Finn et al. 2017, equation 1).
+
+    Args:
+        module: any module; it is left as it was, buffers included.
+        loss: of the adapted module, a scalar, such as `lambda f: F.mse_loss(f(x), y)`.
+        optimizer: an `SGD` or `Adam` of this file.
+        first_order: treat the inner gradient as a constant (FOMAML), which is cheaper.
+        only: adapt only these parameters, or the parameters of these submodules (ANIL).
+        clip: scale the gradient of a step down to this norm, over all adapted parameters.
+        allow_unused: leave parameters that take no part in the loss as they are.
+
+    Raises:
+        ValueError: if the module has no parameter to adapt, the loss is not a scalar or a
+            parameter takes no part in it, or `clip` is not positive.
+    """
+    if clip is not None and clip <= 0:
+        raise ValueError(f"clip is {clip}; a norm must be above 0.")
+    theta, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    names = _names(theta, only)
+    f, state, k = Adapted(module, theta, _cloned(buffers)), {}, 0
+    while True:
+        yield f
+        # A step starts from copies of the buffers, so what was yielded stays as it is.
+        with torch.no_grad() if first_order else nullcontext():
+            gradients, buffers = _gradient(f, loss, names, allow_unused or k > 0)
+            gradients = gradients if clip is None else _clipped(gradients, clip)
+        phi = {name: f.parameters[name] for name in names}
+        phi, state = optimizer.step(phi, gradients, state, k)
+        f, k = Adapted(module, {**f.parameters, **phi}, buffers), k + 1
+
+
+def adapt(
+    module: nn.Module,
+    loss: Callable[[Adapted], Tensor],
+    optimizer: SGD | Adam,
+    steps: int = 1,
+    **options: Any,
+) -> Adapted:
+    """The module after `steps` inner steps; `options` are those of `inner_steps`.
+
+    Raises:
+        ValueError: as `inner_steps`, or if `steps` is negative.
+    """
+    if steps < 0:
+        raise ValueError(f"steps is {steps}; it must be at least 0.")
+    return next(islice(inner_steps(module, loss, optimizer, **options), steps, None))
+
+
+def over_tasks(
+    task: Callable[..., Tensor], module: nn.Module, *batches: Tensor, vectorise: bool
+) -> Tensor:
+    """Run `task` on every row of the batches and stack the results: by vmap, or one by one.
+
+    Args:
+        task: written for one task.
+        module: what it adapts.
+        batches: tensors whose first dimension counts the tasks.
+        vectorise: all tasks at once by `torch.vmap`, or in a loop; equal to rounding.
+
+    Raises:
+        ValueError: if the module holds a layer that `vmap` refuses or gets wrong.
+    """
+    if not vectorise:
+        return torch.stack([task(*row) for row in zip(*batches, strict=True)])
+    for name, layer in module.named_modules():
+        _check_vmap(name, layer)
+    return torch.vmap(task)(*batches)
+
+
+def _gradient(
+    f: Adapted, loss: Callable[[Adapted], Tensor], names: list[str], allow_unused: bool
+) -> tuple[Named, Named]:
+    """Gradient of the loss for the named parameters, and the buffers after the forward pass."""
+
+    def objective(phi: Named) -> tuple[Tensor, Named]:
+        inner = Adapted(f.module, {**f.parameters, **phi}, _cloned(f.buffers))
+        value = loss(inner)
+        if not isinstance(value, Tensor) or value.dim():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"The inner loss is {shape}, not a scalar tensor: average it over the support set."
+            )
+        if not allow_unused:
+            _check_used(value, phi)
+        return value, inner.buffers
+
+    return grad(objective, has_aux=True)({name: f.parameters[name] for name in names})
+
+
+def _check_used(loss: Tensor, phi: Named) -> None:
+    # grad() gives zeros for a parameter that the loss never saw; its graph tells the difference.
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions)
+    leaves = {name: torch.autograd.graph.get_gradient_edge(p).node for name, p in phi.items()}
+    unused = [name for name, leaf in leaves.items() if leaf not in seen]
+    if unused:
+        raise ValueError(
+            f"{', '.join(unused)}: no part of the inner loss depends on this. Adapt the others "
+            "with only=..., or give allow_unused=True to leave it as it is."
+        )
+
+
+def _names(theta: Named, only: Collection[str]) -> list[str]:
+    wanted = [only] if isinstance(only, str) else only
+    for one in wanted:
+        if not any(name == one or name.startswith(f"{one}.") for name in theta):
+            raise ValueError(f"only={one!r} names none of the parameters {', '.join(theta)}.")
+    names = [n for n in theta if not wanted or any(f"{n}.".startswith(f"{w}.") for w in wanted)]
+    if not names:
+        raise ValueError("The module has no parameters, so there is nothing to adapt.")
+    return names
+
+
+def _cloned(buffers: Named) -> Named:
+    return {name: b.clone() for name, b in buffers.items()}
+
+
+def _clipped(gradients: Named, most: float) -> Named:
+    squares = sum(g.square().sum() for g in gradients.values())
+    scale = (most / _root(squares).clamp(min=1e-12)).clamp(max=1)
+    return {name: scale * g for name, g in gradients.items()}
+
+
+def _root(x: Tensor) -> Tensor:
+    # The root's derivative at 0 is infinite, and times 0 it is not a number: a gradient of
+    # exactly 0, as behind a dead ReLU, would spoil the whole meta-gradient.
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+def _rate(lr: Rate | Sequence[Rate], name: str, k: int) -> float | Tensor:
+    if isinstance(lr, Sequence):
+        if k >= len(lr):
+            raise ValueError(f"There are rates for {len(lr)} steps, but this is step {k + 1}.")
+        lr = lr[k]
+    return lr[name] if isinstance(lr, Mapping) else lr
+
+
+def _checked(lr: Rate | Sequence[Rate]) -> Rate | Sequence[Rate]:
+    for step in lr if isinstance(lr, Sequence) else [lr]:
+        for rate in step.values() if isinstance(step, Mapping) else [step]:
+            learned = isinstance(rate, Tensor) and rate.requires_grad
+            if not learned and not bool((torch.as_tensor(rate) > 0).all()):
+                raise ValueError(f"The inner rate is {rate}; it must be above 0.")
+    return lr
+
+
+def _check_vmap(name: str, layer: nn.Module) -> None:
+    where = f"{name or 'The module'} ({type(layer).__name__})"
+    if isinstance(layer, _DropoutNd) and layer.p > 0 and layer.training:
+        raise ValueError(
+            f"{where} draws random numbers, which vectorised tasks would share: put it into "
+            "evaluation mode, or give vectorise=False."
+        )
+    if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+        raise ValueError(
+            f"{where} cannot be vectorised: it writes running statistics, or its second "
+            "derivative under vmap is wrong. Use metautils.nets.BatchNorm, or vectorise=False."
+        )

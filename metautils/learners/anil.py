@@ -1,0 +1,19 @@
+"""ANIL, almost no inner loop (Raghu et al. 2020): MAML that adapts the last layer only."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from metautils.learners.maml import MAML
+
+
+class ANIL(MAML):
+    """The body stays as meta-trained; the inner steps move the head (section 5 of the paper).
+
+    Args:
+        net: with a submodule named `head`, as `metautils.nets.classifier` makes it.
+        lr, steps, options: as in `MAML`.
+    """
+
+    def __init__(self, net: nn.Module, lr: float = 0.4, steps: int = 1, **options: object) -> None:
+        super().__init__(net, lr, steps, only=("head",), **options)

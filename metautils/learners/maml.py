@@ -1,0 +1,147 @@
+"""Model-agnostic meta-learning (Finn, Abbeel and Levine 2017): learn where to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metautils.adapt import SGD, Adam, Adapted, inner_steps, over_tasks
+from metautils.learners.base import Learner, task_loss
+from metautils.nets import BatchNorm, batch_norm_mode
+
+
+class MAML(Learner):
+    """`phi = theta - lr * grad L_support(theta)`, some steps of it; then predict with phi.
+
+    The inner step is equation 1 of the paper; training through it, its algorithm 2.
+
+    Args:
+        net: theta lives here; for classification its outputs are the logits of all ways.
+        lr: alpha, the rate of the inner steps on the *mean* support loss.
+        steps: inner steps in training.
+        test_steps: inner steps in evaluation mode; as in training if None.
+        first_order: leave the second derivative out: FOMAML (section 5.2 of the paper).
+        only: adapt only these submodules or parameters.
+        transductive: normalise the queries of a task by their own batch, as in the paper, so
+            that they help one another. Otherwise by the statistics of the support set. No matter
+            for a network without `BatchNorm`.
+        vectorise: all tasks at once by vmap; if None, what was measured to be faster.
+
+    Raises:
+        ValueError: if the net has no parameter, keeps running statistics, or a number is out of
+            range.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        lr: float = 0.4,
+        steps: int = 1,
+        test_steps: int | None = None,
+        *,
+        first_order: bool = False,
+        only: Collection[str] = (),
+        transductive: bool = True,
+        vectorise: bool | None = None,
+    ) -> None:
+        super().__init__()
+        _check_norms(net)
+        SGD(lr)  # told here, not at the first task
+        if steps < 1 or (test_steps is not None and test_steps < 0):
+            raise ValueError(f"steps={steps}, test_steps={test_steps}: at least 1 and 0 are needed")
+        self.net, self.lr, self.steps = net, lr, steps
+        self.test_steps = steps if test_steps is None else test_steps
+        self.options = {"first_order": first_order, "only": only}
+        norms = any(isinstance(layer, BatchNorm) for layer in net.modules())
+        self.transductive, self.from_support = norms and transductive, norms and not transductive
+        self.vectorise = vectorise
+
+    def optimizer(self) -> SGD | Adam:
+        """What makes the inner steps."""
+        return SGD(self.lr)
+
+    def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+        """Predictions for the queries after the inner steps on the support set."""
+        after = self.steps if self.training else self.test_steps
+        return self.after_steps(support_x, support_y, query_x, [after])[:, 0]
+
+    def after_steps(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, after: Sequence[int]
+    ) -> Tensor:
+        """Predictions after each of these numbers of inner steps, `(tasks, len(after), Q, ...)`."""
+        _check_labels(self.net, support_x, support_y)
+        batch_norm_mode(self.net, fused=not self._vectorised)
+
+        def task(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
+            path = inner_steps(
+                self.net, lambda f: task_loss(f(x), y), self.optimizer(), **self.options
+            )
+            steps = zip(range(max(after) + 1), path, strict=False)
+            return torch.stack([self._predict(f, x, queries) for k, f in steps if k in after])
+
+        # Half precision would cost the second derivative its digits.
+        with torch.autocast(query_x.device.type, enabled=False):
+            return over_tasks(
+                task, self.net, support_x, support_y, query_x, vectorise=self._vectorised
+            )
+
+    def _predict(self, f: Adapted, support_x: Tensor, queries: Tensor) -> Tensor:
+        if not self.from_support:
+            return f(queries)
+        shots = len(support_x)
+        batch_norm_mode(self.net, fused=False, reference=shots)
+        predictions = f(torch.cat([support_x, queries]))[shots:]
+        batch_norm_mode(self.net, fused=not self._vectorised)
+        return predictions
+
+    def extra_repr(self) -> str:
+        """The settings, so that a checkpoint knows its learner."""
+        told = {"lr": self.lr, "steps": self.steps, "transductive": self.transductive}
+        return ", ".join(f"{name}={value}" for name, value in (told | self.options).items())
+
+    @property
+    def tasks_at_once(self) -> int | None:
+        """One, where tasks are run one by one: each frees its graph before the next begins."""
+        return None if self._vectorised else 1
+
+    @property
+    def _vectorised(self) -> bool:
+        if self.vectorise is not None:
+            return self.vectorise
+        # Measured by benchmarks/inner_loop.py: on a CPU large feature maps, of which networks with
+        # pooling are full, are quicker one task after another; all else is quicker at once.
+        on_cpu = next(self.net.parameters()).device.type == "cpu"
+        return not (on_cpu and any(isinstance(x, nn.MaxPool2d) for x in self.net.modules()))
+
+
+class FOMAML(MAML):
+    """MAML without second derivatives: the query gradient at phi moves theta (section 5.2)."""
+
+    def __init__(self, net: nn.Module, lr: float = 0.4, steps: int = 1, **options: object) -> None:
+        super().__init__(net, lr, steps, first_order=True, **options)
+
+
+def _check_norms(net: nn.Module) -> None:
+    if not any(True for _ in net.parameters()):
+        raise ValueError("The network has no parameters, so there is nothing to adapt.")
+    for name, layer in net.named_modules():
+        if isinstance(layer, _BatchNorm):
+            raise ValueError(
+                f"{name} is {type(layer).__name__}, whose statistics would mix tasks: build the "
+                "network with metautils.nets.BatchNorm, as in Conv4(norm=BatchNorm)."
+            )
+
+
+@torch.no_grad()
+def _check_labels(net: nn.Module, support_x: Tensor, support_y: Tensor) -> None:
+    if support_y.is_floating_point():
+        return
+    ways = net(support_x[0]).shape[-1]
+    if support_y.min() < 0 or support_y.max() >= ways:
+        raise ValueError(
+            f"Support labels run from {int(support_y.min())} to {int(support_y.max())}, but the "
+            f"network has {ways} outputs: they must lie in [0, {ways})."
+        )

@@ -1,0 +1,27 @@
+"""Meta-SGD (Li et al. 2017): learn the start and, for every parameter, its inner rate."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from metautils.adapt import SGD
+from metautils.learners.maml import MAML
+
+
+class MetaSGD(MAML):
+    """`phi = theta - alpha * grad L_support(theta)`, alpha learned, of theta's shape (equation 1).
+
+    Args:
+        net, steps, options: as in `MAML`.
+        lr: where every rate starts; training may move it anywhere, below 0 too.
+    """
+
+    def __init__(self, net: nn.Module, lr: float = 0.4, steps: int = 1, **options: object) -> None:
+        super().__init__(net, lr, steps, **options)
+        self.rates = nn.ParameterList(torch.full_like(p, lr) for p in net.parameters())
+
+    def optimizer(self) -> SGD:
+        """SGD with the learned rates."""
+        names = [name for name, _ in self.net.named_parameters()]
+        return SGD(dict(zip(names, self.rates, strict=True)))

@@ -1,0 +1,48 @@
+"""Reptile (Nichol, Achiam and Schulman 2018): move theta towards where each task ends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metautils.adapt import Adam, adapt, over_tasks
+from metautils.episode import Episode
+from metautils.learners.base import task_loss
+from metautils.learners.maml import MAML
+from metautils.nets import batch_norm_mode
+
+
+class Reptile(MAML):
+    """`theta <- theta + eps * (phi - theta)`, phi after some inner steps on all of a task.
+
+    `theta - phi` takes the place of a gradient (section 3 of the paper), here as the derivative of
+    half the squared distance, so that the training loop needs to know nothing of it. Inner steps
+    are Adam's with beta1 = 0, as in the paper's experiments, but on a task's whole set, not on
+    parts of it. A single step would be ordinary joint training: take several.
+
+    Args:
+        net, lr, steps, options: as in `MAML`.
+    """
+
+    def __init__(self, net: nn.Module, lr: float = 1e-3, steps: int = 8, **options: object) -> None:
+        super().__init__(net, lr, steps, first_order=True, **options)
+
+    def optimizer(self) -> Adam:
+        """Adam without momentum."""
+        return Adam(self.lr, betas=(0.0, 0.999))
+
+    def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """Half of |theta - phi|^2, a mean over tasks, and predictions for the queries."""
+        batch_norm_mode(self.net, fused=not self._vectorised)
+        theta = torch.cat([p.flatten() for p in self.net.parameters()])
+
+        def task(x: Tensor, y: Tensor) -> Tensor:
+            f = adapt(self.net, lambda f: task_loss(f(x), y), self.optimizer(), self.steps)
+            return torch.cat([p.flatten() for p in f.parameters.values()])
+
+        x = torch.cat([episode.support_x, episode.query_x], 1)
+        y = torch.cat([episode.support_y, episode.query_y], 1)
+        with torch.no_grad():
+            phi = over_tasks(task, self.net, x, y, vectorise=self._vectorised)
+            predictions = self(episode.support_x, episode.support_y, episode.query_x)
+        return (theta - phi).square().sum(1).mean() / 2, predictions
