@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,47 @@ def show(figure: Figure, alt: str) -> HTML:
     """
     from IPython.display import HTML
 
+    return HTML(f'<div class="figure" style="overflow-x: auto">{_svg(figure, alt)}</div>')
+
+
+def show_slider(figures: Sequence[Figure], labels: Sequence[str], alt: str) -> HTML:
+    """Figures of equal size behind one slider, which needs the browser but no kernel.
+
+    Args:
+        figures: one for each place of the slider; closed afterwards.
+        labels: of the places, read out as the slider moves.
+        alt: what a reader who cannot see the figures needs to know.
+
+    Raises:
+        ValueError: if `alt` is empty, or labels and figures differ in number.
+    """
+    from IPython.display import HTML
+
+    if len(labels) != len(figures):
+        raise ValueError(f"{len(figures)} figures have {len(labels)} labels: give one for each.")
+    frames = [_svg(figure, f"{alt} Here: {t}.") for figure, t in zip(figures, labels, strict=True)]
+    hidden = ["", *[" hidden"] * (len(frames) - 1)]
+    shown = "".join(f"<div{h}>{svg}</div>" for h, svg in zip(hidden, frames, strict=True))
+    names = html.escape(json.dumps(list(labels)), quote=True)
+    # One line of script in the page moves it: it works in a saved page, on Colab and in Jupyter.
+    move = (
+        "const f=this.closest('.figure'),v=+this.value;"
+        "[...f.querySelector('.frames').children].forEach((d,k)=>{d.hidden=k!==v});"
+        "const t=JSON.parse(this.dataset.labels)[v];"
+        "f.querySelector('output').textContent=t;this.setAttribute('aria-valuetext',t)"
+    )
+    first = html.escape(labels[0])
+    return HTML(
+        f'<div class="figure" style="overflow-x: auto"><div class="frames">{shown}</div>'
+        f'<label style="display: block">Move the slider: <input type="range" min="0" '
+        f'max="{len(frames) - 1}" value="0" step="1" style="vertical-align: middle; width: 50%" '
+        f'data-labels="{names}" aria-valuetext="{first}" oninput="{move}"> '
+        f"<output>{first}</output></label></div>"
+    )
+
+
+def _svg(figure: Figure, alt: str) -> str:
+    """The figure as SVG text in the page's ink, closed afterwards."""
     if not alt.strip():
         raise ValueError("Every figure needs alt text: say what it shows in a sentence.")
     file = io.StringIO()
@@ -66,8 +108,7 @@ def show(figure: Figure, alt: str) -> HTML:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     label = html.escape(alt, quote=True)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return HTML(f'<div class="figure" style="overflow-x: auto">{svg}</div>')
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
 def draw_image(ax: Axes, image: Tensor, title: str = "", colour: str | None = None) -> None:
