@@ -76,7 +76,7 @@ def _adapting(learner: type[MAML], **options: Any) -> Callable[[int, int, bool],
 PROTONET = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(3000, 60, 1, 5, 1000)}
 ADAPTING = {
     "quick": Preset(300, 5, 1, 5, 600, tasks=8, lr=3e-3),
-    "full": Preset(12000, 5, 1, 5, 1000, tasks=16, lr=3e-3),
+    "full": Preset(20000, 5, 1, 5, 1000, tasks=8, lr=3e-3),
 }
 METHODS = {
     "protonet": Method(lambda c, *_: ProtoNet(Conv4(c)), PROTONET, "classes", any_ways=True),
