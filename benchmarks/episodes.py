@@ -81,9 +81,11 @@ with tempfile.TemporaryDirectory() as folder:
 
 rates = {n: round(median(r[n] for r in rounds)) for n in sources}
 ratios = {n: round(median(r["index gather"] / r[n] for r in rounds), 1) for n in sources}
-print("| episodes from | images a second | gather is faster |\n|---|---|---|")
-print(*(f"| {n} | {rates[n]:,} | {ratios[n]} x |" for n in sources), sep="\n")
+rows = [[n, f"{rates[n]:,}", f"{ratios[n]} x"] for n in sources]
+heads = ["Episodes from", "Images a second", "Gather is faster"]
 what = WHAT + ("Omniglot's background set" if archive.is_file() else "glyphs")
-record = {"what": what, "images_per_second": rates, "ratios": ratios, "rounds": ROUNDS}
+tables = [{"title": "Episodes", "heads": heads, "rows": rows}]
+record = {"what": what, "tables": tables, "rounds": ROUNDS}
 record |= results.provenance(torch.device("cpu"))
 (results.folder() / "speed_episodes.json").write_text(json.dumps(record, indent=1) + "\n")
+print(results.speed("episodes")["Episodes"])

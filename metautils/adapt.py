@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+
+from metautils.nets import BatchNorm
 
 Named = dict[str, Tensor]
 Rate = float | Tensor | Mapping[str, Tensor]
@@ -112,7 +114,7 @@ def inner_steps(
 
     Each step is `phi <- phi - alpha * grad(loss)(phi)`, starting at the module's own parameters
     theta, or what another optimiser makes of the gradient. What is yielded is a differentiable
-    function of theta and of learned rates (Finn et al. 2017, equation 1).
+    function of theta and of learned rates (Finn et al. 2017, section 2.2).
 
     Args:
         module: any module; it is left as it was, buffers included.
@@ -257,7 +259,7 @@ def _rate(lr: Rate | Sequence[Rate], name: str, k: int) -> float | Tensor:
 def _checked(lr: Rate | Sequence[Rate]) -> Rate | Sequence[Rate]:
     for step in lr if isinstance(lr, Sequence) else [lr]:
         for rate in step.values() if isinstance(step, Mapping) else [step]:
-            learned = isinstance(rate, Tensor) and rate.requires_grad
+            learned = isinstance(rate, nn.Parameter) or getattr(rate, "requires_grad", False)
             if not learned and not bool((torch.as_tensor(rate) > 0).all()):
                 raise ValueError(f"The inner rate is {rate}; it must be above 0.")
     return lr
@@ -270,8 +272,10 @@ def _check_vmap(name: str, layer: nn.Module) -> None:
             f"{where} draws random numbers, which vectorised tasks would share: put it into "
             "evaluation mode, or give vectorise=False."
         )
-    if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
+    fused = isinstance(layer, BatchNorm) and layer.fused
+    if fused or (isinstance(layer, _NormBase) and (layer.training or layer.running_mean is None)):
         raise ValueError(
             f"{where} cannot be vectorised: it writes running statistics, or its second "
-            "derivative under vmap is wrong. Use metautils.nets.BatchNorm, or vectorise=False."
+            "derivative under vmap is wrong. Use metautils.nets.BatchNorm, not fused, or "
+            "vectorise=False."
         )

@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "steps": preset.steps,
         "train": {"ways": ways, "shots": preset.shots, "queries": preset.queries,
-                  "tasks": preset.tasks},
+                  "tasks": preset.tasks, "transductive": learner.transductive},
         **_test(learner, parts.test, rotations, preset.episodes, args.device, asked),
         "minutes": round(history.seconds / 60, 2),
         "preset": args.preset,
@@ -142,13 +142,15 @@ def evaluate_again(args: argparse.Namespace) -> None:
     method, trained = METHODS[record["method"]], record["train"]
     name, split = args.data or record["data"], args.split or record["split"]
     parts = data.load(name, record["seed"], split if name == "omniglot" else "random")
+    transductive = args.transductive and trained.get("transductive", True)
     learner = _learner(
-        record["method"], parts.test, trained["ways"], args.transductive, record["seed"]
+        record["method"], parts.test, trained["ways"], transductive, record["seed"]
     ).to(args.device)
     load_weights(learner, args.run / CHECKPOINT)
     episodes = method.presets[record["preset"]].episodes
     asked = None if method.any_ways else (trained["ways"], trained["shots"])
     record |= {
+        "learner": learner.extra_repr(),
         "tested_on": f"{name}, {split} split" if name == "omniglot" else name,
         "classes": record["classes"] | {"test": len(parts.test)},
         **_test(learner, parts.test, args.rotations, episodes, args.device, asked),

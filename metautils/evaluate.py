@@ -130,7 +130,7 @@ def evaluate(
     """
     results = []
     for ways, shots in tqdm(settings, desc="evaluate", disable=not progress, leave=False):
-        tasks = max(1, IMAGES_AT_ONCE // (ways * (shots + queries)))
+        tasks = min(episodes, max(1, IMAGES_AT_ONCE // (ways * (shots + queries))))
         sampler = EpisodeSampler(bank, ways, shots, queries, tasks, rotate, seed)
         accuracy = episode_accuracy(learner, sampler, episodes)
         results.append(Evaluation(ways, shots, queries, accuracy, learner.transductive))

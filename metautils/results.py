@@ -16,7 +16,14 @@ FIELDS = (
     "method", "data", "tested_on", "split", "classes", "rotations", "seed", "steps", "train",
     "evaluations", "baseline", "minutes", "device", "threads", "torch", "commit",
 )  # fmt: skip
-TITLES = {"protonet": "Prototypical Networks"}  # a method's name in tables
+TITLES = {  # a method's name in tables
+    "protonet": "Prototypical Networks",
+    "maml": "MAML",
+    "fomaml": "FOMAML",
+    "anil": "ANIL",
+    "meta_sgd": "Meta-SGD",
+    "reptile": "Reptile",
+}
 
 
 def folder() -> Path:
@@ -134,10 +141,18 @@ def table(ours: dict[str, dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
         known = "" if row["status"] == "paper" else ", second-hand"
         sources.append(f"{row['source']}, {row['note']}{known}")
     rows = [
-        [TITLES.get(r["method"], r["method"]), source, *(score(r, n, k) for n, k in settings)]
+        [TITLES.get(r["method"], r["method"]), source, _queries(r),
+         *(score(r, n, k) for n, k in settings)]
         for r, source in zip(everything, sources, strict=True)
-    ]
-    return _markdown(["Method", "Source", *(f"{n}-way {k}-shot" for n, k in settings)], rows)
+    ]  # fmt: skip
+    heads = ["Method", "Source", "Queries", *(f"{n}-way {k}-shot" for n, k in settings)]
+    return _markdown(heads, rows)
+
+
+def _queries(row: dict[str, Any]) -> str:
+    """Whether queries were answered alone (inductive) or helped one another (transductive)."""
+    transductive = row.get("transductive", row["evaluations"][0].get("transductive", False))
+    return {True: "transductive", False: "inductive", None: "not said"}[transductive]
 
 
 def page() -> str:
@@ -169,17 +184,18 @@ def page() -> str:
     return "\n\n".join(parts)
 
 
+def speed(name: str) -> dict[str, str]:
+    """Tables of `results/speed_NAME.json` as Markdown, by title."""
+    r = json.loads((folder() / f"speed_{name}.json").read_text())
+    return {t["title"]: _markdown(t["heads"], t["rows"]) for t in r["tables"]}
+
+
 def _speed(path: Path) -> str:
     r = json.loads(path.read_text())
-    rows = [
-        [name, f"{rate:,}", f"{r['ratios'][name]} x"]
-        for name, rate in r["images_per_second"].items()
-    ]
     where = f"{r['device']}, torch {r['torch']}, {r['threads']} thread(s), commit `{r['commit']}`"
-    heads = ["Episodes from", "Images a second", "Gather is faster"]
-    return f"{r['what']}; medians of {r['rounds']} interleaved rounds; {where}.\n\n" + _markdown(
-        heads, rows
-    )
+    told = f"{r['what']}; medians of {r['rounds']} interleaved rounds; {where}."
+    tables = speed(path.stem.removeprefix("speed_"))
+    return "\n\n".join([told, *(f"**{title}**\n\n{each}" for title, each in tables.items())])
 
 
 def _markdown(heads: list[str], rows: list[list[Any]]) -> str:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,21 +12,32 @@ import torch
 from helpers import ROOT, blobs
 from PIL import Image
 
+import metautils.evaluate
 from metautils import cli, data, results
 from metautils.data.bank import Parts, split_classes
-from metautils.nets import Conv4
+from metautils.nets import Conv4, classifier
 from metautils.sampling import EpisodeSampler
-from metautils.train import CHECKPOINT
+from metautils.train import CHECKPOINT, meta_train
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
-    """A preset of a moment, a narrow network, glyphs ready at once, no cache of the user's."""
+    """Presets of a moment, narrow networks, glyphs ready at once, no cache of the user's."""
     monkeypatch.setattr(cli, "Conv4", partial(Conv4, width=4))
-    monkeypatch.setitem(cli.PRESETS, "quick", cli.Preset(3, 4, 1, 2, 3))
+    monkeypatch.setattr(cli, "classifier", lambda embed, _, ways: classifier(embed, 4, ways))
+    monkeypatch.setattr(metautils.evaluate, "IMAGES_AT_ONCE", 100)
+    monkeypatch.setattr(cli, "meta_train", partial(meta_train, validation_episodes=4))
+    preset(monkeypatch, 3, 4, 1, 2, 3)
     monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("METAUTILS_DATA", raising=False)
     monkeypatch.setattr(data.glyphs, "load", small)
+
+
+def preset(monkeypatch, *numbers):
+    """The quick preset of every method; those that adapt take two tasks at a time."""
+    for name, method in cli.METHODS.items():
+        quick = cli.Preset(*numbers, tasks=1 if method.any_ways else 2)
+        monkeypatch.setitem(cli.METHODS, name, replace(method, presets={"quick": quick}))
 
 
 def small(seed=0) -> Parts:
@@ -45,8 +57,12 @@ def photos(tmp_path_factory):
     return root
 
 
-def train(out, *more):
-    return cli.main(["train", "protonet", "--out", str(out), "--device", "cpu", *more])
+def train(out, *more, method="protonet"):
+    return cli.main(["train", method, "--out", str(out), "--device", "cpu", *map(str, more)])
+
+
+def again(out, *more):
+    return cli.main(["evaluate", str(out), "--device", "cpu", *map(str, more)])
 
 
 def load(path):
@@ -58,9 +74,10 @@ def test_training_writes_a_whole_record(tmp_path, capsys):
     record = load(tmp_path / "run" / "record.json")
     assert set(results.FIELDS) <= set(record)
     expected = {
-        "method": "protonet", "data": "glyphs", "tested_on": "glyphs", "split": "classes",
-        "classes": {"train": 6, "validation": 3, "test": 5}, "rotations": "classes", "seed": 3,
-        "steps": 3, "train": {"ways": 4, "shots": 1, "queries": 2, "tasks": 1}, "preset": "quick",
+        "method": "protonet", "learner": "", "data": "glyphs", "tested_on": "glyphs",
+        "split": "classes", "classes": {"train": 6, "validation": 3, "test": 5},
+        "rotations": "classes", "seed": 3, "steps": 3, "preset": "quick",
+        "train": {"ways": 4, "shots": 1, "queries": 2, "tasks": 1, "transductive": False},
     }  # fmt: skip
     assert {name: record[name] for name in expected} == expected
     # Five test classes turned are twenty, and eight images leave room for 5 shots, 3 queries.
@@ -68,6 +85,7 @@ def test_training_writes_a_whole_record(tmp_path, capsys):
     assert rows == [(5, 1, 3, 3), (5, 5, 3, 3), (20, 1, 3, 3), (20, 5, 3, 3)]
     told = capsys.readouterr().out
     assert len(record["baseline"]) == 4
+    assert not any(e["transductive"] for e in record["evaluations"] + record["baseline"])
     for e in record["evaluations"] + record["baseline"]:
         line = f"{e['ways']}-way {e['shots']}-shot: {e['accuracy']:.2f} ± {e['ci95']:.2f} %"
         assert line in told
@@ -103,15 +121,15 @@ def test_evaluate_scores_again(tmp_path, rotations, capsys):
     trained = load(tmp_path / "record.json")
     capsys.readouterr()
     assert cli.main(["evaluate", str(tmp_path), "--rotations", rotations, "--device", "cpu"]) == 0
-    again = load(tmp_path / f"record-glyphs-{rotations}.json")
+    second = load(tmp_path / f"record-glyphs-{rotations}.json")
     assert capsys.readouterr().out.startswith("trained\n  5-way 1-shot: ")
-    assert {e["rotations"] for e in again["evaluations"] + again["baseline"]} == {rotations}
-    same = set(again) - {"evaluations", "baseline"}
-    assert {name: again[name] for name in same} == {name: trained[name] for name in same}
+    assert {e["rotations"] for e in second["evaluations"] + second["baseline"]} == {rotations}
+    same = set(second) - {"evaluations", "baseline"}
+    assert {name: second[name] for name in same} == {name: trained[name] for name in same}
     if rotations == "classes":
-        assert again == trained
+        assert second == trained
     else:
-        assert [e["ways"] for e in again["evaluations"]] == [5, 5]
+        assert [e["ways"] for e in second["evaluations"]] == [5, 5]
     assert load(tmp_path / "record.json") == trained
 
 
@@ -165,6 +183,117 @@ def test_data_tells_what_is_there(capsys):
 def test_results_prints_the_page(capsys):
     assert cli.main(["results"]) == 0
     assert capsys.readouterr().out == results.page() + "\n"
+
+
+ADAPTING = pytest.mark.parametrize("method", [n for n, m in cli.METHODS.items() if not m.any_ways])
+
+
+@ADAPTING
+def test_learner_that_adapts(tmp_path, method, capsys):
+    """Trained and tested with as many classes and images as asked for, and inductively anew."""
+    assert train(tmp_path, "--ways", 3, "--shots", 2, method=method) == 0
+    record = load(tmp_path / "record.json")
+    assert set(results.FIELDS) <= set(record)
+    assert record["method"] == method
+    assert record["rotations"] == "episode"
+    sizes = {"ways": 3, "shots": 2, "queries": 2, "tasks": 2}
+    assert record["train"] == sizes | {"transductive": True}
+    assert "steps=" in record["learner"]
+    assert "transductive=True" in record["learner"]
+    rows = [(e["ways"], e["shots"], e["queries"], e["episodes"]) for e in record["evaluations"]]
+    assert rows == [(3, 2, 6, 3)]
+    assert [e["transductive"] for e in record["evaluations"]] == [True]
+    assert [e["transductive"] for e in record["baseline"]] == [False]
+    assert "3-way 2-shot, transductive: " in capsys.readouterr().out
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["best"]["net.head.weight"].shape == (3, 4)
+
+    assert again(tmp_path, "--rotations", "episode") == 0
+    same = load(tmp_path / "record-glyphs-episode.json")
+    assert same["evaluations"] == record["evaluations"]
+    assert again(tmp_path, "--rotations", "episode", "--inductive") == 0
+    other = load(tmp_path / "record-glyphs-episode-inductive.json")
+    assert [e["transductive"] for e in other["evaluations"]] == [False]
+    assert other["baseline"] == record["baseline"]
+    assert other["evaluations"][0]["ways"] == 3
+    assert "3-way 2-shot: " in capsys.readouterr().out
+
+
+def test_training_inductively(tmp_path):
+    assert train(tmp_path, "--inductive", method="maml") == 0
+    record = load(tmp_path / "record.json")
+    assert "transductive=False" in record["learner"]
+    assert [(e["ways"], e["transductive"]) for e in record["evaluations"]] == [(4, False)]
+
+
+def test_transductive_run_does_not_go_on_inductively(tmp_path, capsys):
+    train(tmp_path, method="maml")
+    capsys.readouterr()
+    arguments = ["train", "maml", "--out", tmp_path, "--device", "cpu", "--inductive"]
+    says(capsys, arguments, "transductive=True")
+
+
+def test_another_method_in_the_same_folder(tmp_path, capsys):
+    train(tmp_path, method="maml")
+    capsys.readouterr()
+    arguments = ["train", "fomaml", "--out", tmp_path, "--device", "cpu"]
+    says(capsys, arguments, "was made with learner=")
+
+
+@pytest.mark.parametrize("method", ["protonet", "maml"])
+def test_ways_and_shots_of_training(tmp_path, method):
+    assert train(tmp_path, "--ways", 2, "--shots", 3, method=method) == 0
+    trained = load(tmp_path / "record.json")["train"]
+    assert (trained["ways"], trained["shots"]) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["--ways", "--shots"])
+@pytest.mark.parametrize(
+    ("value", "told"), [("0", "0 must be"), ("-1", "-1 must be"), ("x", "'x'")]
+)
+def test_ways_and_shots_must_be_positive(tmp_path, capsys, name, value, told):
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "run", name, value, method="maml")
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert f"argument {name}: " in err
+    assert told in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "sentence"),
+    [
+        ("maml", ["--ways", 6], "Testing needs 6 classes of 2 images or more; there are 5"),
+        ("maml", ["--shots", 8], "Testing needs 4 classes of 9 images or more; there are 5"),
+        ("maml", ["--shots", 7], "has 8 images but 7 shots and 2 queries need 9: ask for fewer"),
+        (
+            "protonet",
+            ["--ways", 25],
+            "25 ways need 25 classes but there are 24: ask for few",
+        ),
+    ],
+)
+def test_more_than_there_is(tmp_path, capsys, method, asked, sentence):
+    """Told before any training."""
+    says(capsys, ["train", method, "--out", tmp_path / "run", "--device", "cpu", *asked], sentence)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", cli.METHODS)
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_presets_are_sound(monkeypatch, method, name):
+    """The real ones, with the real network, on images of the real size."""
+    monkeypatch.undo()
+    made = cli.METHODS[method]
+    preset = made.presets[name]
+    assert preset.episodes >= 600
+    learner = made.make(1, preset.ways, True)
+    x = torch.rand(1, preset.ways * preset.shots, 1, 28, 28)
+    y = torch.arange(preset.ways).repeat(1, preset.shots)
+    predictions = learner.eval()(x, y, torch.rand(1, 2, 1, 28, 28))
+    assert predictions.shape == (1, 2, preset.ways)
+    assert predictions.isfinite().all()
 
 
 def says(capsys, arguments, sentence):
@@ -224,7 +353,7 @@ def test_set_for_testing_only_cannot_train(tmp_path, capsys):
 
 
 def test_too_few_images(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(cli.PRESETS, "quick", cli.Preset(3, 4, 1, 20, 3))
+    preset(monkeypatch, 3, 4, 1, 20, 3)
     sentence = "has 8 images but 1 shots and 20 queries need 21: ask for fewer or drop the class."
     says(capsys, ["train", "protonet", "--out", tmp_path], sentence)
 

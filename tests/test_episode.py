@@ -46,11 +46,11 @@ def test_sound_episode_tells_its_sizes():
         ),
         (
             {"query_x": torch.zeros(4, 6, 1, 5, 5), "query_y": torch.zeros(4, 6).long()},
-            r"support, query and classes hold 2, 4 and 2 tasks",
+            r"support, query and classes hold 2, 4, 2 tasks",
         ),
         (
             {"classes": torch.zeros(1, 3).long()},
-            r"support, query and classes hold 2, 2 and 1 tasks: the first dimension must be the",
+            r"support, query and classes hold 2, 2, 1 tasks: the first dimension must be the",
         ),
     ],
 )
@@ -67,6 +67,20 @@ def test_label_out_of_range_is_named(part, label):
     sentence = f"{part} holds the label {label}; in a task of 3 classes labels run from 0 to 2"
     with pytest.raises(ValueError, match=sentence):
         Episode(**parts(**{part: labels}))
+
+
+@pytest.mark.parametrize(("at_once", "sizes"), [(None, [2]), (1, [1, 1]), (2, [2]), (5, [2])])
+def test_parts_are_the_same_tasks_in_order(at_once, sizes):
+    g = torch.Generator().manual_seed(0)
+    random = {
+        f"{part}_x": torch.rand(2, n, 1, 5, 5, generator=g)
+        for part, n in (("support", 3), ("query", 6))
+    }
+    whole = Episode(**parts(**random))
+    pieces = list(whole.parts(at_once))
+    assert [piece.tasks for piece in pieces] == sizes
+    for name, tensor in vars(whole).items():
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), tensor)
 
 
 def test_cannot_be_changed_afterwards():

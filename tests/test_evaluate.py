@@ -7,7 +7,8 @@ from helpers import blobs, numbered, tiny
 from torch import nn
 
 from metautils.data.bank import ClassBank
-from metautils.evaluate import Evaluation, episode_accuracy, evaluate, interval95
+from metautils.data.regression import LINES, RegressionSampler
+from metautils.evaluate import Evaluation, episode_accuracy, evaluate, interval95, squared_errors
 from metautils.learners.base import Learner
 from metautils.learners.protonet import ProtoNet
 from metautils.sampling import EpisodeSampler
@@ -130,6 +131,38 @@ def test_as_many_values_as_episodes_asked_for(tasks, episodes):
         logits = learner(e.support_x[k : k + 1], e.support_y[k : k + 1], e.query_x[k : k + 1])
         right = (logits.argmax(-1) == e.query_y[k]).float().mean()
         assert float(values[k]) == pytest.approx(100 * float(right))
+
+
+@pytest.mark.parametrize("transductive", [True, False])
+def test_tells_whether_the_learner_is_transductive(transductive):
+    learner = Notes()
+    learner.transductive = transductive
+    (score,) = evaluate(learner, numbered(5, 5), [(2, 1)], queries=2, episodes=4)
+    assert score.transductive is transductive
+    told = "2-way 1-shot, transductive: " if transductive else "2-way 1-shot: "
+    assert str(score) == f"{told}50.00 ± 0.00 %"
+
+
+class LeastSquares(Learner):
+    """Fits a line to the support set, and predicts too much by a constant."""
+
+    error = 0.0
+
+    def forward(self, support_x, support_y, query_x):
+        assert not self.training
+        ones = [torch.cat([x, torch.ones_like(x)], -1).double() for x in (support_x, query_x)]
+        return ones[1] @ torch.linalg.lstsq(ones[0], support_y.double()).solution + self.error
+
+
+@pytest.mark.parametrize(("error", "expected"), [(0.0, 0.0), (0.5, 0.25), (-2.0, 4.0)])
+@pytest.mark.parametrize(("tasks", "episodes"), [(1, 3), (4, 10)])
+def test_squared_errors_of_regression(error, expected, tasks, episodes):
+    learner = LeastSquares()
+    learner.error = error
+    values = squared_errors(learner, RegressionSampler(LINES, 5, tasks=tasks), episodes)
+    assert values.shape == (episodes,)
+    torch.testing.assert_close(values, torch.full_like(values, expected), rtol=1e-3, atol=1e-4)
+    assert learner.training
 
 
 def test_bank_too_small_is_told():

@@ -30,7 +30,8 @@ def record(**changed):
     return filled | changed
 
 
-SPEED = {"what": "speed", "images_per_second": {"gather": 7000}, "ratios": {"gather": 1.0}}
+TABLE = {"title": "Gather", "heads": ["from", "images a second"], "rows": [["gather", "7,000"]]}
+SPEED = {"what": "speed", "tables": [TABLE]}
 SPEED |= {"rounds": 3, "device": "CPU", "threads": 1, "torch": "2", "commit": "abc"}
 
 
@@ -90,14 +91,15 @@ def test_records_are_those_with_evaluations(elsewhere):
     assert results.records() == {"mine": record()}
 
 
-def test_evaluation_rows_hold_mean_and_interval():
+@pytest.mark.parametrize("transductive", [True, False])
+def test_evaluation_rows_hold_mean_and_interval(transductive):
     values = torch.tensor([90.0, 95.0, 100.0])
-    (row,) = results.evaluation_rows([Evaluation(5, 1, 15, values)], "classes")
+    (row,) = results.evaluation_rows([Evaluation(5, 1, 15, values, transductive)], "classes")
     ci95 = row.pop("ci95")
     assert ci95 == pytest.approx(1.96 * 5 / 3**0.5, abs=5e-4)
     assert row == {
         "ways": 5, "shots": 1, "queries": 15, "episodes": 3, "rotations": "classes",
-        "accuracy": 95.0,
+        "transductive": transductive, "accuracy": 95.0,
     }  # fmt: skip
 
 
@@ -145,13 +147,19 @@ def cells(line):
 
 def test_table_puts_ours_beside_the_published():
     other = {"ways": 20, "shots": 1, "accuracy": 96.0, "ci95": 0.3}
-    theirs = [paper(), paper(status="second-hand", evaluations=[other])]
+    theirs = [
+        paper(transductive=True),
+        paper(status="second-hand", evaluations=[other], transductive=None),
+    ]
     head, rule, *lines = results.table({"mine": record()}, theirs).splitlines()
-    assert cells(head) == ["Method", "Source", "5-way 1-shot", "20-way 1-shot"]
-    assert cells(rule) == ["---"] * 4
-    assert cells(lines[0]) == ["ProtoNet", "**this book**, `mine`", "98.77 ± 0.12", "-"]
-    assert cells(lines[1]) == ["Older", "Someone et al. (2016), as printed", "98.1", "-"]
-    assert cells(lines[2])[2:] == ["-", "96.0 ± 0.3"]
+    assert cells(head) == ["Method", "Source", "Queries", "5-way 1-shot", "20-way 1-shot"]
+    assert cells(rule) == ["---"] * 5
+    ours = ["ProtoNet", "**this book**, `mine`", "inductive", "98.77 ± 0.12", "-"]
+    assert cells(lines[0]) == ours
+    assert cells(lines[1])[1:] == [
+        "Someone et al. (2016), as printed", "transductive", "98.1", "-",
+    ]  # fmt: skip
+    assert cells(lines[2])[2:] == ["not said", "-", "96.0 ± 0.3"]
     assert cells(lines[2])[1].endswith("as printed, second-hand")
     assert len(lines) == 3
 

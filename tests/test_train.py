@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from helpers import ROOT, blobs, same_weights, tiny
 from torch import nn
 
 import metautils.train
+from metautils.data.regression import SINUSOIDS, Family, RegressionSampler
 from metautils.files import DataError, load_safely
+from metautils.learners.base import Learner
 from metautils.learners.protonet import ProtoNet
 from metautils.sampling import EpisodeSampler
 from metautils.train import CHECKPOINT, CheckpointMismatch, History, load_weights, meta_train
@@ -385,6 +388,62 @@ def test_checkpoint_of_another_length_or_learning_rate(tmp_path, changed):
     (name,) = changed
     sentence = rf"was made with {name}=(20|0\.001), not {changed[name]}: give the same settings"
     refuses(stopped(tmp_path), Scripted(0, nan), sentence, **changed)
+
+
+@pytest.mark.parametrize("saved", ["", "lr=0.1"])
+def test_checkpoint_of_another_learner(tmp_path, saved):
+    """A ProtoNet has no settings, so a checkpoint that tells of some is another's."""
+    path = stopped(tmp_path)
+    state = load_safely(path)
+    assert state["settings"]["learner"] == ""
+    state["settings"]["learner"] = saved
+    torch.save(state, path)
+    if saved:
+        refuses(path, Scripted(0, nan), "was made with learner=lr=0.1, not : give the same")
+    else:
+        run(tmp_path, Scripted(0, nan))
+
+
+def test_tasks_in_parts_end_like_all_at_once(monkeypatch):
+    """But for rounding, in single precision and without weights whose gradient is 0."""
+    monkeypatch.setattr(metautils.train, "fast_autocast", lambda device: nullcontext())
+    ends = []
+    for at_once in (None, 1, 2):
+        learner = Scripted(0, nan)
+        learner.embed[1].bias = None
+        learner.tasks_at_once = at_once
+        history = meta_train(learner, source(tasks=3), 8, progress=False)
+        assert learner.calls == 8 * {None: 1, 1: 3, 2: 2}[at_once]
+        ends.append((history.loss, history.accuracy, learner.state_dict()))
+    for loss, accuracy, weights in ends[1:]:
+        assert loss == pytest.approx(ends[0][0], rel=1e-4)
+        assert accuracy == pytest.approx(ends[0][1])
+        torch.testing.assert_close(weights, ends[0][2], rtol=1e-3, atol=1e-5)
+
+
+class Line(Learner):
+    """Predicts theta x for each task, whatever the support set."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(()))
+
+    def forward(self, support_x, support_y, query_x):
+        return self.theta * query_x
+
+
+def test_regression_has_a_loss_and_no_accuracy(tmp_path, capsys):
+    doubled = Family("doubled", 1, ((2.0, 2.0),), lambda x, a: a * x[..., 0])
+    learner = Line()
+    episodes = RegressionSampler(doubled, 2, tasks=3)
+    history = meta_train(learner, episodes, 60, lr=0.1, every=25, out=tmp_path)
+    assert learner.theta.item() == pytest.approx(2, abs=0.1)
+    assert history.loss[-1] < 0.01 * history.loss[0]
+    assert (len(history.loss), history.accuracy, history.validation) == (60, [], [])
+    assert "accuracy" not in capsys.readouterr().err
+    other = RegressionSampler(SINUSOIDS, 2, tasks=3)
+    with pytest.raises(CheckpointMismatch, match="family=doubled, not sinusoids"):
+        meta_train(Line(), other, 60, lr=0.1, out=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metautils.adapt import SGD, Adam, Adapted, inner_steps, over_tasks
+from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
 from metautils.learners.base import Learner, task_loss
 from metautils.nets import BatchNorm, batch_norm_mode
 
@@ -16,7 +16,7 @@ from metautils.nets import BatchNorm, batch_norm_mode
 class MAML(Learner):
     """`phi = theta - lr * grad L_support(theta)`, some steps of it; then predict with phi.
 
-    The inner step is equation 1 of the paper; training through it, its algorithm 2.
+    The inner step is in section 2.2 of the paper; training through it is its algorithm 2.
 
     Args:
         net: theta lives here; for classification its outputs are the logits of all ways.
@@ -73,7 +73,6 @@ class MAML(Learner):
     ) -> Tensor:
         """Predictions after each of these numbers of inner steps, `(tasks, len(after), Q, ...)`."""
         _check_labels(self.net, support_x, support_y)
-        batch_norm_mode(self.net, fused=not self._vectorised)
 
         def task(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
             path = inner_steps(
@@ -82,11 +81,16 @@ class MAML(Learner):
             steps = zip(range(max(after) + 1), path, strict=False)
             return torch.stack([self._predict(f, x, queries) for k, f in steps if k in after])
 
-        # Half precision would cost the second derivative its digits.
-        with torch.autocast(query_x.device.type, enabled=False):
-            return over_tasks(
-                task, self.net, support_x, support_y, query_x, vectorise=self._vectorised
-            )
+        return self._over_tasks(task, support_x, support_y, query_x)
+
+    def _over_tasks(self, task: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+        batch_norm_mode(self.net, fused=not self._vectorised)
+        try:
+            # Half precision would cost the second derivative its digits.
+            with torch.autocast(batches[0].device.type, enabled=False):
+                return over_tasks(task, self.net, *batches, vectorise=self._vectorised)
+        finally:
+            batch_norm_mode(self.net, fused=False)
 
     def _predict(self, f: Adapted, support_x: Tensor, queries: Tensor) -> Tensor:
         if not self.from_support:
@@ -139,7 +143,7 @@ def _check_norms(net: nn.Module) -> None:
 def _check_labels(net: nn.Module, support_x: Tensor, support_y: Tensor) -> None:
     if support_y.is_floating_point():
         return
-    ways = net(support_x[0]).shape[-1]
+    ways = adapt(net, task_loss, SGD(1.0), steps=0)(support_x[0]).shape[-1]
     if support_y.min() < 0 or support_y.max() >= ways:
         raise ValueError(
             f"Support labels run from {int(support_y.min())} to {int(support_y.max())}, but the "

@@ -10,7 +10,7 @@ from metautils.learners.maml import MAML
 
 
 class MetaSGD(MAML):
-    """`phi = theta - alpha * grad L_support(theta)`, alpha learned, of theta's shape (equation 1).
+    """`phi = theta - alpha * grad L_support(theta)`, alpha learned, of theta's shape (equation 2).
 
     Args:
         net, steps, options: as in `MAML`.

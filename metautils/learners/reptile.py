@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metautils.adapt import Adam, adapt, over_tasks
+from metautils.adapt import Adam, adapt
 from metautils.episode import Episode
 from metautils.learners.base import task_loss
 from metautils.learners.maml import MAML
-from metautils.nets import batch_norm_mode
 
 
 class Reptile(MAML):
@@ -32,8 +31,7 @@ class Reptile(MAML):
         return Adam(self.lr, betas=(0.0, 0.999))
 
     def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
-        """Half of |theta - phi|^2, a mean over tasks, and predictions for the queries."""
-        batch_norm_mode(self.net, fused=not self._vectorised)
+        """Half the squared distance of theta and phi, a mean over tasks, and predictions."""
         theta = torch.cat([p.flatten() for p in self.net.parameters()])
 
         def task(x: Tensor, y: Tensor) -> Tensor:
@@ -43,6 +41,6 @@ class Reptile(MAML):
         x = torch.cat([episode.support_x, episode.query_x], 1)
         y = torch.cat([episode.support_y, episode.query_y], 1)
         with torch.no_grad():
-            phi = over_tasks(task, self.net, x, y, vectorise=self._vectorised)
+            phi = self._over_tasks(task, x, y)
             predictions = self(episode.support_x, episode.support_y, episode.query_x)
         return (theta - phi).square().sum(1).mean() / 2, predictions

@@ -1,0 +1,168 @@
+"""One meta-step of MAML: metautils beside `higher`, and its own ways beside one another.
+
+5-way 1-shot tasks with 15 queries a class, 28x28, through Conv-4 with batch normalisation. `higher`
+runs as its users write it, one `innerloop_ctx` and one backward pass for each task, once on the
+network as it is usually written (normalisation, ReLU, pooling), once on this package's network, so
+that what the network saves is told from what the inner loop saves. Memory is measured in a process
+of its own for each case, as what a meta-step adds to the peak. learn2learn, the other peer, does
+not install on Python 3.11.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from functools import partial
+from statistics import median
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from metautils import results
+from metautils.episode import Episode
+from metautils.learners.anil import ANIL
+from metautils.learners.maml import FOMAML, MAML
+from metautils.nets import BatchNorm, Conv4, classifier
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a SyntaxWarning of its own
+    import higher
+
+ROUNDS = 7
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TASKS, STEPS = (32, 5) if DEVICE.type == "cuda" else (8, 1)
+native = partial(nn.BatchNorm2d, track_running_stats=False)
+
+
+class Usual(nn.Sequential):
+    """Conv-4 as most repositories write it."""
+
+    def __init__(self):
+        blocks = []
+        for channels in (1, 64, 64, 64):
+            convolution = nn.Conv2d(channels, 64, 3, padding=1)
+            blocks += [convolution, native(64), nn.ReLU(), nn.MaxPool2d(2)]
+        super().__init__(*blocks, nn.Flatten())
+
+
+def episode(tasks=TASKS):
+    torch.manual_seed(0)
+    y = torch.arange(5)
+    x = torch.rand(tasks, 80, 1, 28, 28)
+    labels = (y.expand(tasks, -1), y.repeat_interleave(15).expand(tasks, -1))
+    return Episode(*(v.to(DEVICE) for v in (x[:, :5], labels[0], x[:, 5:], labels[1])))
+
+
+def ours(kind, strided=False, steps=STEPS, **options):
+    learner = kind(
+        classifier(Conv4(strided=strided, norm=BatchNorm), 64, 5), 0.4, steps, **options
+    ).to(DEVICE)
+
+    def meta_step(e):
+        learner.zero_grad()
+        for part in e.parts(learner.tasks_at_once):
+            (learner.meta_loss(part)[0] * part.tasks / e.tasks).backward()
+
+    return meta_step
+
+
+def theirs(embed, steps=STEPS):
+    net = classifier(embed, 64, 5).to(DEVICE)
+    optimizer = torch.optim.SGD(net.parameters(), 0.4)
+
+    def meta_step(e):
+        net.zero_grad()
+        for x, y, qx, qy in zip(e.support_x, e.support_y, e.query_x, e.query_y, strict=True):
+            context = higher.innerloop_ctx(net, optimizer, copy_initial_weights=False)
+            with context as (f, inner):
+                for _ in range(steps):
+                    inner.step(F.cross_entropy(f(x), y))
+                (F.cross_entropy(f(qx), qy) / e.tasks).backward()
+
+    return meta_step
+
+
+def timed(meta_step, e):
+    start = time.perf_counter()
+    meta_step(e)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def table(title, cases, first):
+    """Medians of interleaved rounds, and of each round's ratio to the case `first`."""
+    e = episode()
+    for step in cases.values():
+        step(e)
+    rounds = [{name: timed(step, e) for name, step in cases.items()} for _ in range(ROUNDS)]
+    rows = [
+        [name, f"{1000 * median(r[name] for r in rounds):.0f}",
+         f"{median(r[name] / r[first] for r in rounds):.2f} x"]
+        for name in cases
+    ]  # fmt: skip
+    return {"title": title, "heads": ["Meta-step", "Milliseconds", "Time"], "rows": rows}
+
+
+MEMORY = {
+    "MAML": lambda steps: ours(MAML, steps=steps, vectorise=False),
+    "MAML, vmap": lambda steps: ours(MAML, steps=steps, vectorise=True),
+    "FOMAML": lambda steps: ours(FOMAML, steps=steps, vectorise=False),
+    "higher": lambda steps: theirs(Conv4(norm=native), steps),
+}
+
+
+def peak(name, steps):
+    """MiB that one meta-step adds to the peak of this process."""
+    e, step = episode(), MEMORY[name](steps)
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        step(e)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ours(FOMAML)(episode(1))  # the libraries' own buffers are no graph
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(e)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+if len(sys.argv) > 1:
+    print(peak(sys.argv[1], int(sys.argv[2])))
+    sys.exit()
+
+PAIR = f"second order, {TASKS} tasks, {STEPS} inner step(s)"
+pooled = {
+    "higher, Conv-4 as usually written": theirs(Usual()),
+    "higher, this package's Conv-4": theirs(Conv4(norm=native)),
+    "MAML, task by task": ours(MAML, vectorise=False),
+    "MAML, vmap": ours(MAML, vectorise=True),
+    "FOMAML": ours(FOMAML),
+    "ANIL": ours(ANIL),
+}
+strided = {
+    "higher, strided Conv-4": theirs(Conv4(strided=True, norm=native)),
+    "MAML, task by task": ours(MAML, True, vectorise=False),
+    "MAML, vmap": ours(MAML, True, vectorise=True),
+    "FOMAML": ours(FOMAML, True),
+    "ANIL": ours(ANIL, True),
+}
+tables = [
+    table(f"Conv-4 with pooling, {PAIR}", pooled, next(iter(pooled))),
+    table(f"Strided Conv-4, {PAIR}", strided, next(iter(strided))),
+]
+memory = []
+for name in MEMORY:
+    runs = [[sys.executable, __file__, name, str(steps)] for steps in (1, 3, 5, 10)]
+    found = [subprocess.run(run, capture_output=True, text=True, check=True) for run in runs]
+    memory.append([name, *(f"{float(run.stdout):.0f}" for run in found)])
+heads = ["Peak memory in MiB", *(f"{k} inner steps" for k in (1, 3, 5, 10))]
+tables.append(
+    {"title": f"Memory, Conv-4 with pooling, {TASKS} tasks", "heads": heads, "rows": memory}
+)
+what = "one meta-step on 5-way 1-shot tasks of 28x28 with 15 queries a class"
+record = {"what": what, "tables": tables, "rounds": ROUNDS, **results.provenance(DEVICE)}
+name = "inner_loop" if DEVICE.type == "cpu" else "inner_loop_gpu"
+(results.folder() / f"speed_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+print(*(f"{title}\n{each}\n" for title, each in results.speed(name).items()), sep="\n")

@@ -1,0 +1,732 @@
+"""The inner loop against torch's optimisers, the library `higher`, and finite differences."""
+
+import copy
+import warnings
+from itertools import islice, pairwise
+
+import pytest
+import torch
+from helpers import flat, gradient, images_to_learn, relative, slope_error
+from torch import nn
+from torch.nn import functional as F
+
+from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
+from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, mlp
+
+OPTIMIZERS = {
+    "sgd": (SGD, torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+    "adam": (Adam, torch.optim.Adam, {"lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-3}),
+}
+EACH = pytest.mark.parametrize("kind", OPTIMIZERS)
+STEPS = pytest.mark.parametrize("steps", [1, 3, 5])
+
+
+def ours(kind, **changed):
+    make, _, options = OPTIMIZERS[kind]
+    return make(**(options | changed))
+
+
+def conv_net(norm=BatchNorm, seed=0, dtype=torch.float64):
+    """Two blocks and a linear head; no bias before the normalisation, which would cancel it."""
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 4, 3, bias=False), norm(4), nn.MaxPool2d(2), nn.ReLU()]
+    layers += [nn.Conv2d(4, 4, 3, bias=False), norm(4), nn.MaxPool2d(2), nn.ReLU()]
+    return classifier(nn.Sequential(*layers, nn.Flatten()), 16, 3).to(dtype)
+
+
+def own_batch(channels):
+    """Torch's batch normalisation without running statistics."""
+    return nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+def images(dtype=torch.float64, **sizes):
+    """Tensors of some tasks: support_x, support_y, query_x, query_y."""
+    e = images_to_learn(dtype=dtype, **sizes)
+    return e.support_x, e.support_y, e.query_x, e.query_y
+
+
+def one_task():
+    return [x[0] for x in images()]
+
+
+def curve(seed=0):
+    """A point set for `mlp`."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(7, 1, generator=g, dtype=torch.float64) for _ in range(4)]
+
+
+def small_mlp(seed=0):
+    torch.manual_seed(seed)
+    return mlp(width=8).double()
+
+
+def fit(x, y):
+    """The loss of a support set."""
+    return lambda f: F.cross_entropy(f(x), y) if y.dtype == torch.int64 else F.mse_loss(f(x), y)
+
+
+def meta_loss(net, optimizer, steps, data, **options):
+    """The query loss after some steps on the support set, of one task."""
+    x, y, qx, qy = data
+    return fit(qx, qy)(adapt(net, fit(x, y), optimizer, steps, **options))
+
+
+def state_of(net):
+    return {name: x.clone() for name, x in net.state_dict().items()}
+
+
+def untouched(net, before):
+    after = net.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in after)
+
+
+# Values
+
+
+@EACH
+@STEPS
+@pytest.mark.parametrize("make", [conv_net, small_mlp])
+def test_steps_are_those_of_torch(kind, steps, make):
+    net, (x, y, *_) = make(), one_task() if make is conv_net else curve()
+    theirs, (_, optimizer, options) = copy.deepcopy(net), OPTIMIZERS[kind]
+    optimizer = optimizer(theirs.parameters(), **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        fit(x, y)(theirs).backward()
+        optimizer.step()
+    before = state_of(net)
+    f = adapt(net, fit(x, y), ours(kind), steps)
+    assert relative(flat(f.parameters.values()), flat(theirs.parameters())) < 1e-12
+    assert relative(f(x).detach(), theirs(x).detach()) < 1e-11
+    assert untouched(net, before)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_yields_the_module_after_0_1_2_steps():
+    net, (x, y, *_) = small_mlp(), curve()
+    path = list(islice(inner_steps(net, fit(x, y), ours("adam")), 4))
+    assert torch.equal(path[0](x), net(x))
+    losses = [float(fit(x, y)(f).detach()) for f in path]
+    assert all(later < earlier for earlier, later in pairwise(losses))
+    for k, f in enumerate(path):
+        alone = adapt(net, fit(x, y), ours("adam"), k)
+        assert torch.equal(flat(alone.parameters.values()), flat(f.parameters.values()))
+
+
+def test_rates_by_name_and_by_step():
+    """A rate for each tensor, each entry or each step moves what it names and nothing else."""
+    net, (x, y, *_) = small_mlp(), curve()
+    theta = dict(net.named_parameters())
+    grads = dict(zip(theta, torch.autograd.grad(fit(x, y)(net), theta.values()), strict=True))
+    g = torch.Generator().manual_seed(0)
+    scalar = {n: torch.rand((), generator=g) for n in theta}
+    entry = {n: torch.rand(p.shape, generator=g, dtype=p.dtype) for n, p in theta.items()}
+    for rates in (scalar, entry):
+        phi = adapt(net, fit(x, y), SGD(rates)).parameters
+        for n, p in theta.items():
+            torch.testing.assert_close(phi[n], p - rates[n] * grads[n], rtol=1e-12, atol=1e-14)
+    by_step = adapt(net, fit(x, y), SGD([0.1, 0.3]), 2)
+    first = adapt(net, fit(x, y), SGD(0.1))
+    middle = copy.deepcopy(net)
+    middle.load_state_dict({n: p.detach() for n, p in first.parameters.items()})
+    second = adapt(middle, fit(x, y), SGD(0.3))
+    assert torch.equal(flat(by_step.parameters.values()), flat(second.parameters.values()))
+
+
+@pytest.mark.parametrize("share", [0.5, 2.0])
+def test_clip_scales_the_whole_gradient_down_to_a_norm_and_never_up(share):
+    net, (x, y, *_) = small_mlp(), curve()
+    whole = gradient(fit(x, y)(net), list(net.parameters()))
+    f = adapt(net, fit(x, y), SGD(1.0), clip=share * float(whole.norm()))
+    moved = flat(net.parameters()) - flat(f.parameters.values())
+    torch.testing.assert_close(moved, min(share, 1.0) * whole, rtol=1e-9, atol=1e-12)
+
+
+def test_works_without_recording_gradients():
+    net, data = conv_net(), one_task()
+    with torch.no_grad():
+        quiet = meta_loss(net, ours("momentum"), 3, data)
+    assert quiet.grad_fn is None
+    torch.testing.assert_close(quiet, meta_loss(net, ours("momentum"), 3, data).detach())
+
+
+# Meta-gradients
+
+
+@pytest.fixture(scope="module")
+def higher():
+    """The library of Grefenstette et al. 2019; its source warns on first import."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("higher", reason="the library higher is not installed")
+
+
+@EACH
+@STEPS
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_meta_gradient_is_that_of_higher(higher, kind, steps, dtype, bar):
+    """Ours for all tasks at once with our batch norm, theirs one by one with torch's."""
+    net, theirs = conv_net(dtype=dtype), conv_net(own_batch, dtype=dtype)
+    theirs.load_state_dict(net.state_dict())
+    # higher adds eps before the bias correction and not after it: only without eps do both agree.
+    changed = {"eps": 1e-16} if kind == "adam" else {}
+    data = images(dtype)
+
+    def task(*one):
+        return meta_loss(net, ours(kind, **changed), steps, one)
+
+    value = over_tasks(task, net, *data, vectorise=True).mean()
+    _, optimizer, options = OPTIMIZERS[kind]
+    losses = []
+    for x, y, qx, qy in zip(*data, strict=True):
+        inner = optimizer(theirs.parameters(), **(options | changed))
+        with higher.innerloop_ctx(theirs, inner, copy_initial_weights=False) as (f, step):
+            for _ in range(steps):
+                step.step(fit(x, y)(f))
+            losses.append(fit(qx, qy)(f))
+    expected = gradient(torch.stack(losses).mean(), list(theirs.parameters()))
+    assert relative(gradient(value, list(net.parameters())), expected) < bar
+
+
+def test_place_of_eps_makes_a_difference_that_is_seen(higher):
+    """So the comparison above sees a difference as small as where eps is added."""
+    net, data = conv_net(own_batch), one_task()
+    inner = torch.optim.Adam(net.parameters(), 0.01, (0.8, 0.99), 1e-3)
+    with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (f, step):
+        step.step(fit(*data[:2])(f))
+        theirs = gradient(fit(*data[2:])(f), list(net.parameters()))
+    mine = gradient(meta_loss(net, ours("adam"), 1, data), list(net.parameters()))
+    assert relative(mine, theirs) > 1e-4
+
+
+@EACH
+@STEPS
+@pytest.mark.parametrize("make", [conv_net, small_mlp])
+def test_meta_gradient_by_finite_differences(kind, steps, make):
+    net, data = make(), one_task() if make is conv_net else curve()
+    error = slope_error(lambda: meta_loss(net, ours(kind), steps, data), list(net.parameters()))
+    assert error < 1e-8
+
+
+def learned(form, net, steps):
+    """Rates of a form, and their leaves: some of them below 0, which a learned one may be."""
+    g = torch.Generator().manual_seed(0)
+
+    def rate(*shape):
+        return (0.06 * torch.rand(shape, generator=g).double() - 0.01).requires_grad_()
+
+    theta = dict(net.named_parameters())
+    made = {
+        "scalar": lambda: torch.tensor(0.03, dtype=torch.float64, requires_grad=True),
+        "by tensor": lambda: {n: rate() for n in theta},
+        "by entry": lambda: {n: rate(*p.shape) for n, p in theta.items()},
+        "by step": lambda: [rate() for _ in range(steps)],
+        "by step and tensor": lambda: [{n: rate() for n in theta} for _ in range(steps)],
+    }[form]()
+    rows = made if isinstance(made, list) else [made]
+    leaves = [x for row in rows for x in (row.values() if isinstance(row, dict) else [row])]
+    return made, leaves
+
+
+FORMS = ["scalar", "by tensor", "by entry", "by step", "by step and tensor"]
+
+
+@EACH
+@STEPS
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_of_learned_rates_by_finite_differences(kind, steps, form):
+    net, data = conv_net(), one_task()
+    rates, leaves = learned(form, net, steps)
+
+    def value():
+        return meta_loss(net, ours(kind, lr=rates), steps, data)
+
+    assert slope_error(value, leaves) < 1e-8
+    assert slope_error(value, list(net.parameters())) < 1e-8
+
+
+@EACH
+@STEPS
+@pytest.mark.parametrize("clip", [0.2, 50.0])
+def test_gradient_through_the_clip_by_finite_differences(kind, steps, clip):
+    """One norm below that of the support gradient, one above it."""
+    net, data = conv_net(), one_task()
+    norm = float(gradient(fit(*data[:2])(net), list(net.parameters())).norm())
+    assert 0.4 < norm < 25
+
+    def value():
+        return meta_loss(net, ours(kind), steps, data, clip=clip)
+
+    assert slope_error(value, list(net.parameters())) < 1e-8
+
+
+@EACH
+@STEPS
+@pytest.mark.parametrize("only", [("head",), ("embed.0", "embed.5.weight")])
+def test_gradient_of_a_part_by_finite_differences(kind, steps, only):
+    net, data = conv_net(), one_task()
+
+    def value():
+        return meta_loss(net, ours(kind), steps, data, only=only)
+
+    assert slope_error(value, list(net.parameters())) < 1e-8
+
+
+# First order
+
+
+@EACH
+@STEPS
+def test_first_order_is_the_query_gradient_at_phi(kind, steps):
+    net, (x, y, qx, qy) = conv_net(), one_task()
+    theta = list(net.parameters())
+    f = adapt(net, fit(x, y), ours(kind), steps, first_order=True)
+    there = copy.deepcopy(net)
+    there.load_state_dict({name: p.detach() for name, p in f.parameters.items()})
+    expected = gradient(fit(qx, qy)(there), list(there.parameters()))
+    assert relative(gradient(fit(qx, qy)(f), theta), expected) < 1e-12
+    second = adapt(net, fit(x, y), ours(kind), steps)
+    torch.testing.assert_close(flat(f.parameters.values()), flat(second.parameters.values()))
+    assert relative(gradient(fit(qx, qy)(second), theta), expected) > 1e-3
+
+
+def nodes(tensors):
+    """Names of the operations on the way from tensors back to the leaves."""
+    seen, todo = set(), [x.grad_fn for x in tensors]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions)
+    return [node.name() for node in seen]
+
+
+@EACH
+@STEPS
+def test_first_order_keeps_no_graph_of_the_steps(kind, steps):
+    """One subtraction a step and parameter, where the second order keeps every convolution."""
+    net, (x, y, *_) = conv_net(), one_task()
+    f = adapt(net, fit(x, y), ours(kind), steps, first_order=True)
+    count = len(f.parameters)
+    kept = nodes(f.parameters.values())
+    assert sorted(set(kept)) == ["SubBackward0", "torch::autograd::AccumulateGrad"]
+    assert len(kept) == count * (steps + 1)
+    full = nodes(adapt(net, fit(x, y), ours(kind), steps).parameters.values())
+    assert sum("Convolution" in name for name in full) >= 2 * steps
+
+
+def test_first_order_still_learns_rates():
+    """With phi = theta - alpha g and g constant, the gradient for alpha is -g times the query's."""
+    net, (x, y, qx, qy) = conv_net(), one_task()
+    alpha = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    f = adapt(net, fit(x, y), SGD(alpha), first_order=True)
+    (found,) = torch.autograd.grad(fit(qx, qy)(f), [alpha])
+    phi = {name: p.detach().requires_grad_() for name, p in f.parameters.items()}
+    there = gradient(fit(qx, qy)(Adapted(net, phi, {})), list(phi.values()))
+    here = gradient(fit(x, y)(net), list(net.parameters()))
+    torch.testing.assert_close(found, -here @ there)
+
+
+# Parts of a module
+
+
+@pytest.mark.parametrize(
+    ("only", "moved"),
+    [
+        ("head", {"head.weight", "head.bias"}),
+        (("head",), {"head.weight", "head.bias"}),
+        (["head.bias"], {"head.bias"}),
+        (("embed.0", "head.weight"), {"embed.0.weight", "embed.0.bias", "head.weight"}),
+        ({"embed"}, {f"embed.{k}.{n}" for k in (0, 2) for n in ("weight", "bias")}),
+    ],
+)
+def test_only_names_what_moves(only, moved):
+    net, (x, y, *_) = small_mlp(), curve()
+    f = adapt(net, fit(x, y), SGD(0.1), 2, only=only)
+    theta = dict(net.named_parameters())
+    assert {name for name, p in f.parameters.items() if not torch.equal(p, theta[name])} == moved
+    assert all(f.parameters[name] is theta[name] for name in theta.keys() - moved)
+
+
+@pytest.mark.parametrize("only", ["he", "head.weigh", "body", ("head", "he"), "head."])
+def test_only_a_whole_name_counts(only):
+    wrong = only[-1] if isinstance(only, tuple) else only
+    with pytest.raises(ValueError, match=f"^only='{wrong}' names none of the parameters embed.0.w"):
+        adapt(small_mlp(), fit(*curve()[:2]), SGD(0.1), only=only)
+
+
+def test_only_does_not_reach_a_longer_name():
+    net = nn.ModuleDict({"head": nn.Linear(1, 1), "header": nn.Linear(1, 1)})
+    f = adapt(net, lambda f: sum(p.sum() for p in f.parameters.values()), SGD(0.1), only="head")
+    moved = {name for name, p in net.named_parameters() if not torch.equal(f.parameters[name], p)}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_shared_parameters_move_together():
+    """As torch.optim moves them: once, by the sum of both gradients."""
+
+    def make():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+        net[2].weight = net[0].weight
+        return net
+
+    net, theirs = make(), make()
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(5, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.mse_loss(theirs(x), y).backward()
+        optimizer.step()
+    f = adapt(net, fit(x, y), SGD(0.1), 3)
+    torch.testing.assert_close(f(x), theirs(x), rtol=1e-12, atol=1e-12)
+    assert (
+        slope_error(lambda: meta_loss(net, SGD(0.1), 3, (x, y, x, y)), [*net.parameters()]) < 1e-8
+    )
+
+
+# Buffers
+
+
+class Counter(nn.Module):
+    """Counts its own calls in a buffer, changed in place or replaced."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.line, self.in_place = nn.Linear(1, 1).double(), in_place
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        if self.in_place:
+            self.calls += 1
+        else:
+            self.calls = self.calls + 1
+        return self.line(x)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("first_order", [True, False])
+def test_counter_is_kept_by_the_task_and_not_by_the_module(in_place, first_order):
+    net, (x, y, *_) = Counter(in_place), curve()
+    path = list(islice(inner_steps(net, fit(x, y), SGD(0.1), first_order=first_order), 4))
+    assert [int(f.buffers["calls"]) for f in path] == [0, 1, 2, 3]
+    path[0](x)
+    path[1](x)
+    assert [int(f.buffers["calls"]) for f in path] == [1, 2, 2, 3]
+    assert int(net.calls) == 0
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_running_statistics_belong_to_the_task(first_order):
+    net = conv_net(nn.BatchNorm2d)
+    before, data = state_of(net), images()
+
+    def run(k, steps=3):
+        x, y = data[0][k], data[1][k]
+        path = inner_steps(net, fit(x, y), SGD(0.1), first_order=first_order)
+        return list(islice(path, steps + 1))
+
+    def seen(f):
+        return {name: x.clone() for name, x in {**f.parameters, **f.buffers}.items()}
+
+    first, second = run(0), run(1)
+    again = run(1)
+    assert untouched(net, before)
+    for a, b in zip(second, again, strict=True):
+        assert all(torch.equal(x, seen(b)[name]) for name, x in seen(a).items())
+    counts = [int(f.buffers["embed.1.num_batches_tracked"]) for f in first]
+    assert counts == [0, 1, 2, 3]
+    kept = [seen(f) for f in first]
+    first[-1](data[2][0])
+    list(islice(inner_steps(net, fit(data[0][0], data[1][0]), SGD(0.1)), 3))
+    for f, old in zip(first[:-1], kept[:-1], strict=True):
+        assert all(torch.equal(x, old[name]) for name, x in seen(f).items())
+    assert int(first[-1].buffers["embed.1.num_batches_tracked"]) == 4
+    means = [f.buffers["embed.1.running_mean"] for f in (first[1], second[1])]
+    assert not torch.equal(*means)
+
+
+def test_running_statistics_are_those_of_training_on_the_task():
+    net, (x, y, *_) = conv_net(nn.BatchNorm2d), one_task()
+    theirs = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        fit(x, y)(theirs).backward()
+        optimizer.step()
+    f = adapt(net, fit(x, y), SGD(0.1), 3)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(f.buffers[name], buffer, rtol=1e-12, atol=1e-12)
+
+
+def test_tasks_in_a_loop_do_not_share_running_statistics():
+    net, (x, y, qx, qy) = conv_net(nn.BatchNorm2d), images()
+    before = state_of(net)
+
+    def task(*one):
+        return meta_loss(net, SGD(0.1), 2, one)
+
+    together = over_tasks(task, net, x, y, qx, qy, vectorise=False)
+    for k in range(2):
+        assert torch.equal(task(x[k], y[k], qx[k], qy[k]), together[k])
+    assert untouched(net, before)
+
+
+# A gradient of exactly 0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "clip"), [(Adam(0.1), None), (SGD(0.1), 1.0), (Adam(0.1), 1.0)]
+)
+@pytest.mark.parametrize("whole", [False, True])
+@STEPS
+def test_dead_units_leave_a_finite_meta_gradient(optimizer, clip, whole, steps):
+    """A gradient that is 0 for some parameters, or for all."""
+    net, (x, y, qx, qy) = small_mlp(), curve()
+    with torch.no_grad():
+        net.embed[2].bias.fill_(-100)  # never active: nothing reaches what lies before
+    if whole:
+        y = net(x).detach()  # and no error is left for the head
+    options = {"only": ("embed", "head"), "clip": clip}
+    value = meta_loss(net, optimizer, steps, (x, y, qx, qy), **options)
+    inner = gradient(fit(x, y)(net), list(net.parameters()))
+    assert bool(inner.any()) is not whole
+    found = gradient(value, list(net.parameters()))
+    assert found.isfinite().all()
+    assert found.any()
+
+
+# All tasks at once
+
+
+NETS = {
+    "pooled": lambda: classifier(Conv4(width=4, norm=BatchNorm), 4, 3),
+    "strided": lambda: classifier(Conv4(width=4, strided=True, norm=BatchNorm), 4, 3),
+    "group norm": lambda: classifier(Conv4(width=4, norm=lambda c: nn.GroupNorm(2, c)), 4, 3),
+    "mlp": lambda: mlp(width=8),
+}
+
+
+@EACH
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("first_order", [True, False])
+def test_vmap_equals_the_loop(kind, name, first_order):
+    torch.manual_seed(0)
+    net = NETS[name]().double()
+    data = images(tasks=3)
+    if name == "mlp":
+        data = [torch.stack(x) for x in zip(*map(curve, range(3)), strict=True)]
+
+    def task(*one):
+        return meta_loss(net, ours(kind), 3, one, first_order=first_order)
+
+    found = []
+    for vectorise in (True, False):
+        batch_norm_mode(net, fused=not vectorise)
+        values = over_tasks(task, net, *data, vectorise=vectorise)
+        assert values.shape == (3,)
+        found.append((values.detach(), gradient(values.sum(), list(net.parameters()))))
+    (values, slopes), (values_again, slopes_again) = found
+    assert relative(values, values_again) < 1e-12
+    assert relative(slopes, slopes_again) < 1e-12
+
+
+def test_batches_of_other_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is longer"):
+        over_tasks(lambda a, b: a + b, nn.Identity(), torch.ones(2), torch.ones(3), vectorise=False)
+
+
+def with_layer(layer):
+    return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(784, 3)).double()
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        (nn.Dropout(0.5), r"^1 \(Dropout\) draws random numbers, which vectorised tasks would sh"),
+        (nn.Dropout2d(0.5), r"^1 \(Dropout2d\) draws random numbers"),
+        (nn.BatchNorm2d(4), r"^1 \(BatchNorm2d\) cannot be vectorised: it writes running stat"),
+        (own_batch(4), r"^1 \(BatchNorm2d\) cannot be vectorised"),
+    ],
+)
+def test_layers_that_vmap_gets_wrong_are_refused(layer, sentence):
+    net = with_layer(layer)
+
+    def run(vectorise):
+        return over_tasks(
+            lambda *d: meta_loss(net, SGD(0.1), 1, d), net, *images(), vectorise=vectorise
+        )
+
+    with pytest.raises(ValueError, match=sentence) as caught:
+        run(True)
+    assert "vectorise=False" in str(caught.value)
+    assert run(False).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5).eval(), nn.Dropout(0.0), nn.BatchNorm2d(4).eval()]
+)
+def test_layers_at_rest_are_vectorised(layer):
+    net = with_layer(layer)
+
+    def run(vectorise):
+        return over_tasks(
+            lambda *d: meta_loss(net, SGD(0.1), 1, d), net, *images(), vectorise=vectorise
+        )
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_without_statistics_is_refused_at_rest_too():
+    """In evaluation mode it still uses the batch."""
+    net = with_layer(own_batch(4)).eval()
+    with pytest.raises(ValueError, match="cannot be vectorised"):
+        over_tasks(lambda *d: meta_loss(net, SGD(0.1), 1, d), net, *images(), vectorise=True)
+
+
+def test_fused_batch_norm_is_never_wrong_in_silence():
+    """As a learner in a loop leaves it: refused under vmap, or as exact as the loop."""
+    net, data = conv_net(), images()
+    batch_norm_mode(net, fused=True)
+
+    def slope(vectorise):
+        values = over_tasks(
+            lambda *one: meta_loss(net, SGD(0.1), 1, one), net, *data, vectorise=vectorise
+        )
+        return gradient(values.sum(), list(net.parameters()))
+
+    try:
+        found = slope(True)
+    except ValueError as refusal:
+        assert "BatchNorm" in str(refusal)
+    else:
+        assert relative(found, slope(False)) < 1e-10
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("make", [SGD, Adam])
+@pytest.mark.parametrize(
+    "lr",
+    [
+        0.0, -0.1, 0, float("nan"), torch.tensor(0.0), torch.tensor([0.1, -0.1]),
+        {"a": torch.tensor(0.1), "b": torch.tensor(-0.1)}, [0.1, 0.0],
+        [{"a": torch.tensor(0.1)}, {"a": torch.tensor(0.0)}],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rate_must_be_above_0(make, lr):
+    with pytest.raises(ValueError, match=r"^The inner rate is .*; it must be above 0\.$"):
+        make(lr)
+
+
+@pytest.mark.parametrize("make", [SGD, Adam])
+def test_learned_rate_may_be_below_0(make):
+    rate = torch.tensor(-0.1, requires_grad=True)
+    net, (x, y, *_) = small_mlp(), curve()
+    for lr in (rate, [rate], dict.fromkeys(dict(net.named_parameters()), rate)):
+        f = adapt(net, fit(x, y), make(lr))
+        assert fit(x, y)(f) > fit(x, y)(net)  # uphill
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, 1.5])
+def test_momentum_must_be_in_range(momentum):
+    sentence = f"^momentum is {momentum}; it must be at least 0 and below 1"
+    with pytest.raises(ValueError, match=sentence):
+        SGD(0.1, momentum)
+
+
+@pytest.mark.parametrize("betas", [(-0.1, 0.9), (0.9, 1.0), (1.0, 0.9), (0.9, 2.0)])
+def test_betas_must_be_in_range(betas):
+    with pytest.raises(ValueError, match=r"^betas are \(.*; both must be at least 0 and below 1"):
+        Adam(0.1, betas)
+
+
+def refused(sentence, net=None, loss=None, steps=1, optimizer=None, **options):
+    net = net or small_mlp()
+    before = state_of(net)
+    with pytest.raises(ValueError, match=sentence):
+        adapt(net, loss or fit(*curve()[:2]), optimizer or SGD(0.1), steps, **options)
+    assert untouched(net, before)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (lambda f: f(curve()[0]), r"\(7, 1\)"),
+        (lambda f: f(curve()[0]).mean()[None], r"\(1,\)"),
+        (lambda f: float(f(curve()[0]).detach().mean()), "float"),
+        (lambda f: None, "NoneType"),
+    ],
+)
+def test_loss_must_be_a_scalar(value, told):
+    refused(
+        rf"^The inner loss is {told}, not a scalar tensor: average it over the supp", loss=value
+    )
+
+
+class Spare(nn.Module):
+    """Two layers of which the second is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.spare = nn.Linear(1, 1).double(), nn.Linear(1, 1).double()
+
+    def forward(self, x):
+        return self.line(x)
+
+
+@pytest.mark.parametrize("vectorise", [True, False])
+@pytest.mark.parametrize("first_order", [True, False])
+def test_unused_parameters_are_named_or_left(vectorise, first_order):
+    net, data = Spare(), [x[None] for x in curve()]
+
+    def run(**options):
+        def task(x, y, *_):
+            f = adapt(net, fit(x, y), SGD(0.1), 2, first_order=first_order, **options)
+            return torch.cat([p.flatten() for p in f.parameters.values()])
+
+        return over_tasks(task, net, *data, vectorise=vectorise)
+
+    sentence = r"^spare\.weight, spare\.bias: no part of the inner loss depends on this\. Adapt"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        run()
+    assert "only=" in str(caught.value)
+    assert "allow_unused=True" in str(caught.value)
+    (left,), (told,) = run(allow_unused=True), run(only="line")
+    assert torch.equal(left, told)
+    assert torch.equal(left[2:], flat(net.spare.parameters()))
+    assert not torch.equal(left[:2], flat(net.line.parameters()))
+
+
+def test_loss_of_no_parameter_names_them_all():
+    names = r"^embed\.0\.weight, .*, head\.bias: no part of the inner loss"
+    refused(names, loss=lambda f: torch.zeros(()))
+
+
+def test_parameter_used_with_weight_0_counts_as_used():
+    """Its gradient is 0, but the loss depends on it."""
+    net, (x, y, *_) = Spare(), curve()
+    f = adapt(net, lambda f: fit(x, y)(f) + 0 * f.parameters["spare.weight"].sum(), SGD(0.1),
+              only=("line", "spare.weight"))  # fmt: skip
+    assert torch.equal(f.parameters["spare.weight"], net.spare.weight)
+
+
+@pytest.mark.parametrize("clip", [0, 0.0, -1.0])
+def test_clip_must_be_positive(clip):
+    refused(f"^clip is {clip}; a norm must be above 0", clip=clip)
+
+
+def test_steps_must_not_be_negative():
+    refused("^steps is -1; it must be at least 0", steps=-1)
+
+
+def test_module_without_parameters():
+    refused("^The module has no parameters, so there is nothing to adapt", net=nn.ReLU())
+
+
+def test_rates_for_too_few_steps():
+    refused("^There are rates for 2 steps, but this is step 3", steps=3, optimizer=SGD([0.1, 0.2]))

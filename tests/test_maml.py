@@ -1,0 +1,497 @@
+"""MAML and its kin: exact meta-gradients, what each adapts, and that they learn."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from helpers import (
+    blobs,
+    flat,
+    gradient,
+    images_to_learn,
+    relative,
+    same_weights,
+    slope_error,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from metautils.data.regression import SINUSOIDS, RegressionSampler
+from metautils.episode import Episode
+from metautils.evaluate import episode_accuracy, evaluate, squared_errors
+from metautils.learners.anil import ANIL
+from metautils.learners.maml import FOMAML, MAML
+from metautils.learners.meta_sgd import MetaSGD
+from metautils.learners.reptile import Reptile
+from metautils.nets import BatchNorm, Conv4, classifier, mlp
+from metautils.sampling import EpisodeSampler
+from metautils.train import CHECKPOINT, CheckpointMismatch, meta_train
+
+LEARNERS = [MAML, FOMAML, ANIL, MetaSGD, Reptile]
+ALL = pytest.mark.parametrize("kind", LEARNERS)
+STRIDED = pytest.mark.parametrize("strided", [True, False], ids=["strided", "pooled"])
+TRANSDUCTIVE = pytest.mark.parametrize(
+    "transductive", [True, False], ids=["transductive", "inductive"]
+)
+VECTORISE = pytest.mark.parametrize("vectorise", [True, False], ids=["vmap", "loop"])
+
+
+def group_norm(channels):
+    return nn.GroupNorm(2, channels)
+
+
+def conv(kind, steps=1, strided=True, norm=BatchNorm, seed=0, **options):
+    """A learner on a narrow Conv4, in float64."""
+    torch.manual_seed(seed)
+    lr = 0.01 if kind is Reptile else 0.1
+    net = classifier(Conv4(width=4, strided=strided, norm=norm), 4, 3)
+    return kind(net, lr, steps, **options).double()
+
+
+def small(kind, norm=BatchNorm, **options):
+    """A learner on one block, for `blobs`."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Flatten())
+    return kind(classifier(body, 128, 3), **options)
+
+
+def weights_of(learner):
+    return {name: x.clone() for name, x in learner.state_dict().items()}
+
+
+def predict(learner, e):
+    with torch.no_grad():
+        return learner(e.support_x, e.support_y, e.query_x)
+
+
+# Meta-gradients
+
+
+@pytest.mark.parametrize("kind", [MAML, ANIL, MetaSGD])
+@STRIDED
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@TRANSDUCTIVE
+@VECTORISE
+def test_meta_gradient_by_finite_differences(kind, strided, steps, transductive, vectorise):
+    learner = conv(kind, steps, strided, transductive=transductive, vectorise=vectorise)
+    e = images_to_learn()
+    assert slope_error(lambda: learner.meta_loss(e)[0], list(learner.parameters())) < 1e-8
+
+
+def test_meta_gradient_of_lines_in_closed_form():
+    """Model theta x on tasks y = a x + b, one step: all can be written down.
+
+    With M, C, D the means of x^2, x y over the support and q, r those over the queries,
+    phi = theta - 2 alpha (M theta - C), and the gradient is (1 - 2 alpha M) 2 (q phi - r).
+    """
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(4, 1, 1, generator=g, dtype=torch.float64) for _ in range(2))
+    x, qx = (torch.randn(4, n, 1, generator=g, dtype=torch.float64) for n in (3, 6))
+    e = Episode(x, a * x + b, qx, a * qx + b)
+    net = nn.Linear(1, 1, bias=False).double()
+    theta, alpha = float(net.weight.detach()), 0.3
+    means = [z.mean((1, 2)) for z in (x**2, x * e.support_y, qx**2, qx * e.query_y)]
+    m, c, q, r = means
+    phi = theta - 2 * alpha * (m * theta - c)
+    first_order = 2 * (q * phi - r)
+    exact = {MAML: ((1 - 2 * alpha * m) * first_order).mean(), FOMAML: first_order.mean()}
+    for kind, expected in exact.items():
+        for vectorise in (True, False):
+            loss, predictions = kind(net, alpha, vectorise=vectorise).meta_loss(e)
+            torch.testing.assert_close(predictions, phi[:, None, None] * qx)
+            found = gradient(loss, [net.weight])[0]
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@ALL
+@STRIDED
+@TRANSDUCTIVE
+def test_loop_equals_vmap(kind, strided, transductive):
+    e, found = images_to_learn(tasks=3), []
+    for vectorise in (True, False):
+        learner = conv(kind, 3, strided, transductive=transductive, vectorise=vectorise)
+        assert learner.tasks_at_once == (None if vectorise else 1)
+        loss, predictions = learner.meta_loss(e)
+        assert predictions.shape == (3, 6, 3)
+        slope = gradient(loss, list(learner.parameters()))
+        found.append((flat([loss]), flat([predictions]), slope))
+    # A bias before a normalisation has gradient 0 but for rounding, which Reptile's Adam enlarges.
+    bar = 1e-7 if kind is Reptile else 1e-12
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < bar
+
+
+@ALL
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_tasks_in_parts_give_the_gradient_of_all(kind, at_once):
+    """As `meta_train` adds them up: each part weighted by its share of the tasks."""
+    learner, e = conv(kind, 3, vectorise=False), images_to_learn(tasks=3)
+    leaves = list(learner.parameters())
+    whole = gradient(learner.meta_loss(e)[0], leaves)
+    pieces = list(e.parts(at_once))
+    total = sum(gradient(learner.meta_loss(p)[0] * (p.tasks / 3), leaves) for p in pieces)
+    assert relative(total, whole) < 1e-12
+
+
+@STRIDED
+def test_what_is_faster_is_chosen(strided):
+    """On a CPU: pooled networks one task after another, all else at once; but as one says."""
+    assert conv(MAML, strided=strided).tasks_at_once == (None if strided else 1)
+    assert conv(MAML, strided=strided, vectorise=not strided).tasks_at_once == (
+        1 if strided else None
+    )
+
+
+# What each learner is
+
+
+def by_hand(learner, e, task, optimizer, steps, x=None, y=None):
+    """A copy of the network after training on one task with torch's optimiser."""
+    net = copy.deepcopy(learner.net)
+    x = e.support_x[task] if x is None else x
+    y = e.support_y[task] if y is None else y
+    optimizer = optimizer(net)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    return net
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@VECTORISE
+def test_fomaml_moves_by_the_query_gradient_at_phi(steps, vectorise):
+    learner, e = conv(FOMAML, steps, vectorise=vectorise), images_to_learn()
+    slopes = []
+    for k in range(e.tasks):
+        net = by_hand(learner, e, k, lambda n: torch.optim.SGD(n.parameters(), 0.1), steps)
+        value = F.cross_entropy(net(e.query_x[k]), e.query_y[k])
+        slopes.append(gradient(value, list(net.parameters())))
+    found = gradient(learner.meta_loss(e)[0], list(learner.parameters()))
+    assert relative(found, torch.stack(slopes).mean(0)) < 1e-12
+    second = conv(MAML, steps, vectorise=vectorise)
+    torch.testing.assert_close(predict(learner, e), predict(second, e))
+    exact = gradient(second.meta_loss(e)[0], list(second.parameters()))
+    assert relative(found, exact) > 0.01
+
+
+@pytest.mark.parametrize("kind", [MAML, FOMAML])
+@VECTORISE
+def test_predictions_are_those_of_a_network_trained_by_hand(kind, vectorise):
+    learner, e = conv(kind, 4, strided=False, vectorise=vectorise), images_to_learn()
+    for k in range(e.tasks):
+        net = by_hand(learner, e, k, lambda n: torch.optim.SGD(n.parameters(), 0.1), 4)
+        torch.testing.assert_close(predict(learner, e)[k], net(e.query_x[k]).detach())
+
+
+def test_anil_moves_the_head_and_nothing_else():
+    learner, e = conv(ANIL, 3), images_to_learn()
+    for k in range(e.tasks):
+        net = by_hand(learner, e, k, lambda n: torch.optim.SGD(n.head.parameters(), 0.1), 3)
+        assert same_weights(net.embed.state_dict(), learner.net.embed.state_dict())
+        torch.testing.assert_close(predict(learner, e)[k], net(e.query_x[k]).detach())
+    assert relative(predict(learner, e), predict(conv(MAML, 3), e)) > 0.01
+    body = gradient(learner.meta_loss(e)[0], list(learner.net.embed.parameters()))
+    assert body.norm() > 1e-3  # but training moves the body too
+
+
+def test_meta_sgd_with_equal_rates_is_maml():
+    learner, other, e = conv(MetaSGD, 3), conv(MAML, 3), images_to_learn()
+    assert [r.shape for r in learner.rates] == [p.shape for p in learner.net.parameters()]
+    other.lr = learner.rates[0].flatten()[0].item()  # 0.1 in single precision
+    assert all(r.eq(other.lr).all() for r in learner.rates)
+    torch.testing.assert_close(predict(learner, e), predict(other, e), rtol=1e-12, atol=1e-12)
+    slopes = [gradient(m.meta_loss(e)[0], list(m.net.parameters())) for m in (learner, other)]
+    assert relative(*slopes) < 1e-12
+
+
+def test_meta_sgd_learns_a_rate_for_every_entry():
+    """But where the gradient is 0: a bias before a batch normalisation cancels."""
+    learner, e = conv(MetaSGD, 3), images_to_learn()
+    before = predict(learner, e)
+    names = [name for name, _ in learner.net.named_parameters()]
+    slopes = torch.autograd.grad(learner.meta_loss(e)[0], list(learner.rates))
+    idle = {n for n, s in zip(names, slopes, strict=True) if s.abs().max() < 1e-9}
+    assert idle == {f"embed.blocks.{k}.0.bias" for k in range(4)}
+    with torch.no_grad():
+        learner.rates[names.index("head.bias")][1] = -0.1
+    assert relative(predict(learner, e), before) > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@VECTORISE
+def test_reptile_moves_towards_where_the_tasks_end(steps, vectorise):
+    """theta - phi as an average over tasks, phi from torch's Adam on support and queries."""
+    learner, e = conv(Reptile, steps, vectorise=vectorise), images_to_learn()
+    theta, ends = flat(learner.net.parameters()), []
+
+    def adam(net):
+        return torch.optim.Adam(net.parameters(), 0.01, betas=(0.0, 0.999))
+
+    # A bias before batch normalisation has a gradient of 0 but for rounding, which Adam enlarges.
+    names = [n for n, p in learner.net.named_parameters() for _ in range(p.numel())]
+    sound = torch.tensor([not n.endswith(".0.bias") for n in names])
+    for k in range(e.tasks):
+        x = torch.cat([e.support_x[k], e.query_x[k]])
+        y = torch.cat([e.support_y[k], e.query_y[k]])
+        ends.append(flat(by_hand(learner, e, k, adam, steps, x, y).parameters()))
+    expected = theta - torch.stack(ends).mean(0)
+    loss, predictions = learner.meta_loss(e)
+    found = gradient(loss, list(learner.net.parameters()))
+    assert relative(found[sound], expected[sound]) < 1e-8
+    assert found[~sound].abs().max() < 1e-6
+    torch.testing.assert_close(predictions, predict(learner, e))
+    half_squares = torch.stack([(theta - phi).square().sum() / 2 for phi in ends]).mean()
+    torch.testing.assert_close(loss.detach(), half_squares)
+
+
+# Transduction
+
+
+@ALL
+@STRIDED
+@pytest.mark.parametrize("norm", [BatchNorm, group_norm])
+@TRANSDUCTIVE
+def test_queries_one_at_a_time(kind, strided, norm, transductive):
+    """Change nothing for a learner that calls itself inductive, and much for a transductive one."""
+    learner, e = conv(kind, 2, strided, norm, transductive=transductive).eval(), images_to_learn()
+    assert learner.transductive == (transductive and norm is BatchNorm)
+    together = predict(learner, e)
+    x, y = e.support_x, e.support_y
+    with torch.no_grad():
+        alone = torch.cat([learner(x, y, e.query_x[:, k : k + 1]) for k in range(6)], 1)
+    if learner.transductive:
+        assert relative(alone, together) > 0.01
+    else:
+        assert relative(alone, together) < 1e-12
+
+
+def test_statistics_of_the_support_set_normalise_inductive_queries():
+    """One step of rate nearly 0: the queries pass through the network of theta."""
+    learner, e = conv(MAML, transductive=False, strided=False), images_to_learn(tasks=1)
+    learner.lr = 1e-30
+    h = torch.cat([e.support_x[0], e.query_x[0]])
+    for convolution, norm, pool, relu in learner.net.embed.blocks:
+        h = convolution(h).detach()
+        mean, var = h[:6].mean((0, 2, 3)), h[:6].var((0, 2, 3), correction=0)
+        h = relu(pool(F.batch_norm(h, mean, var, norm.weight, norm.bias)))
+    expected = learner.net.head(h.flatten(1))[6:].detach()
+    torch.testing.assert_close(predict(learner, e)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+@ALL
+@TRANSDUCTIVE
+def test_order_of_the_support_set_does_not_matter(kind, transductive):
+    learner, e = conv(kind, 3, transductive=transductive).eval(), images_to_learn()
+    order = torch.tensor([5, 2, 0, 4, 1, 3])
+    x, y = e.support_x[:, order], e.support_y[:, order]
+    shuffled = Episode(x, y, e.query_x, e.query_y, e.classes)
+    # Reptile's Adam enlarges rounding where a gradient is 0: its predictions keep fewer digits.
+    bar = 1e-6 if kind is Reptile else 1e-10
+    assert relative(predict(learner, shuffled), predict(learner, e)) < bar
+
+
+# Steps and modes
+
+
+@ALL
+def test_evaluation_mode_takes_the_test_steps(kind):
+    learner, e = conv(kind, 2, test_steps=5), images_to_learn()
+    path = learner.after_steps(e.support_x, e.support_y, e.query_x, range(6)).detach()
+    assert path.shape == (2, 6, 6, 3)
+    torch.testing.assert_close(predict(learner.train(), e), path[:, 2])
+    torch.testing.assert_close(predict(learner.eval(), e), path[:, 5])
+    assert all(relative(a, b) > 1e-6 for a, b in pairwise(path.unbind(1)))
+    assert conv(kind, 4).test_steps == 4
+
+
+@ALL
+@VECTORISE
+def test_after_steps_gives_those_asked_for_in_order_of_steps(kind, vectorise):
+    learner, e = conv(kind, vectorise=vectorise), images_to_learn()
+    data = e.support_x, e.support_y, e.query_x
+    few = learner.after_steps(*data, [0, 3])
+    torch.testing.assert_close(few, learner.after_steps(*data, range(4))[:, [0, 3]])
+    before = torch.stack([learner.net(x) for x in e.query_x])
+    torch.testing.assert_close(few[:, 0], before)
+
+
+@ALL
+@VECTORISE
+@TRANSDUCTIVE
+def test_predicting_leaves_the_learner_as_it_was(kind, vectorise, transductive):
+    learner = conv(kind, 2, vectorise=vectorise, transductive=transductive)
+    before, e = weights_of(learner), images_to_learn()
+    quiet = predict(learner, e)
+    loud = learner(e.support_x, e.support_y, e.query_x)
+    torch.testing.assert_close(quiet, loud.detach(), rtol=1e-12, atol=1e-12)
+    learner.meta_loss(e)[0].backward()
+    assert same_weights(weights_of(learner), before)
+
+
+@ALL
+def test_evaluation_leaves_the_learner_as_it_was(kind):
+    learner = small(kind, group_norm, test_steps=3)
+    before = weights_of(learner)
+    (score,) = evaluate(learner, blobs(), [(3, 1)], queries=3, episodes=20)
+    assert same_weights(weights_of(learner), before)
+    assert learner.training
+    assert all(p.grad is None for p in learner.parameters())
+    assert not score.transductive
+
+
+@TRANSDUCTIVE
+def test_evaluation_tells_whether_queries_help_one_another(transductive):
+    learner = conv(MAML, transductive=transductive).float()
+    (score,) = evaluate(learner, blobs(size=16), [(3, 1)], queries=2, episodes=4)
+    assert score.transductive is transductive
+    assert ("3-way 1-shot, transductive: " in str(score)) is transductive
+
+
+@ALL
+@VECTORISE
+def test_autocast_changes_nothing(kind, vectorise):
+    """Half precision would cost the second derivative its digits."""
+    learner, found = conv(kind, 3, vectorise=vectorise).float(), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, predictions = learner.meta_loss(images_to_learn(dtype=torch.float32))
+        found.append((predictions, gradient(loss, list(learner.parameters()))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+# What is refused
+
+
+@ALL
+@pytest.mark.parametrize("labels", [[-1, 0, 1], [0, 1, 3]])
+def test_label_out_of_range(kind, labels):
+    learner, e = conv(kind), images_to_learn(shots=1)
+    told = rf"^Support labels run from {labels[0]} to {labels[-1]}, but the network has 3 outputs"
+    with pytest.raises(ValueError, match=told):
+        learner(e.support_x, torch.tensor([labels, labels]), e.query_x)
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("net", "options", "sentence"),
+    [
+        (nn.ReLU, {}, "^The network has no parameters, so there is nothing to adapt"),
+        (
+            lambda: classifier(Conv4(width=4), 4, 3), {},
+            r"^embed\.blocks\.0\.1 is BatchNorm2d, whose statistics would mix tasks: .*norm=B",
+        ),
+        (mlp, {"lr": 0.0}, r"^The inner rate is 0\.0; it must be above 0"),
+        (mlp, {"lr": -0.1}, r"^The inner rate is -0\.1; it must be above 0"),
+        (mlp, {"steps": 0}, "^steps=0, test_steps=None: at least 1 and 0 are needed"),
+        (mlp, {"test_steps": -1}, "test_steps=-1: at least 1 and 0 are needed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_made(kind, net, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        kind(net(), **options)
+
+
+def test_anil_needs_a_head():
+    learner, e = ANIL(nn.Sequential(nn.Flatten(), nn.Linear(256, 3)).double()), images_to_learn()
+    with pytest.raises(ValueError, match="^only='head' names none of the parameters 1.weight, 1.b"):
+        learner(e.support_x, e.support_y, e.query_x)
+
+
+# Learning
+
+
+def source(tasks=8, seed=0):
+    return EpisodeSampler(blobs(), 3, 1, 3, tasks, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "steps"),
+    [
+        (MAML, {}, 200),
+        (FOMAML, {}, 200),
+        (ANIL, {}, 200),
+        (MetaSGD, {}, 200),
+        (Reptile, {"lr": 5e-3, "steps": 5, "test_steps": 2}, 80),
+    ],
+)
+def test_training_raises_the_accuracy(kind, options, steps):
+    learner = small(kind, **({"lr": 0.05} | options))
+
+    def accuracy():
+        return float(episode_accuracy(learner, source(50, seed=3), 100).mean())
+
+    before = accuracy()
+    history = meta_train(learner, source(), steps, lr=1e-2, progress=False)
+    assert len(history.loss) == len(history.accuracy) == steps
+    assert accuracy() > max(80, before + 10)
+
+
+class Stopped(MAML):
+    """Interrupted in one of its steps."""
+
+    calls, at = 0, 0
+
+    def meta_loss(self, episode):
+        self.calls += 1
+        if self.calls == self.at:
+            raise KeyboardInterrupt
+        return super().meta_loss(episode)
+
+
+def run(learner, out, **changed):
+    judge = EpisodeSampler(blobs(seed=9), 3, 1, 2, seed=5)
+    length = {"steps": 12, "every": 5, "validation_episodes": 6, "progress": False}
+    return meta_train(learner, source(tasks=2), validation=judge, out=out, **(length | changed))
+
+
+@VECTORISE
+def test_interrupted_and_resumed_ends_bit_identical(tmp_path, vectorise):
+    whole = small(MAML, steps=2, vectorise=vectorise)
+    history = run(whole, tmp_path / "whole")
+    cut = small(Stopped, steps=2, vectorise=vectorise)
+    # Where tasks are run one by one, each is one call.
+    cut.at = 8 if vectorise else 16
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, tmp_path / "cut")
+    assert (tmp_path / "cut" / CHECKPOINT).exists()
+    resumed = small(MAML, steps=2, vectorise=vectorise)
+    with torch.no_grad():
+        resumed.net.head.weight.zero_()
+    again = run(resumed, tmp_path / "cut")
+    assert same_weights(resumed.state_dict(), whole.state_dict())
+    assert again.loss == history.loss
+    assert again.accuracy == history.accuracy
+    assert again.validation == history.validation
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"lr": 0.2}, "lr=0.4"), ({"steps": 2}, "steps=1"), ({"transductive": True}, "transductive")],
+)
+def test_resuming_with_another_inner_loop_is_refused(tmp_path, changed, told):
+    run(small(MAML, transductive=False), tmp_path, steps=1)
+    other = small(MAML, **({"transductive": False} | changed))
+    before = weights_of(other)
+    with pytest.raises(CheckpointMismatch, match=rf"was made with learner=.*{told}.*, not ") as got:
+        run(other, tmp_path, steps=1)
+    assert other.extra_repr() in str(got.value)
+    assert same_weights(weights_of(other), before)
+
+
+def test_sinusoids_are_learned():
+    """Section 5.1 of Finn et al. 2017, for a moment: adapted predictions become far better."""
+    torch.manual_seed(0)
+    learner = MAML(mlp(), lr=0.01, steps=1)
+    tasks = RegressionSampler(SINUSOIDS, shots=10, tasks=25)
+    history = meta_train(learner, tasks, 800, lr=5e-3, progress=False)
+    assert history.accuracy == []
+
+    def error(steps):
+        learner.test_steps = steps
+        fresh = RegressionSampler(SINUSOIDS, shots=10, tasks=100, seed=1)
+        return float(squared_errors(learner, fresh, 200).mean())
+
+    assert error(1) < 0.5 * error(0)
+    assert error(5) < error(1)

@@ -1,0 +1,161 @@
+"""Regression tasks are functions of their family, drawn the same from the same seed."""
+
+import math
+from itertools import islice
+
+import pytest
+import torch
+
+from metautils.data.regression import LINES, PLANES, SINUSOIDS, Family, RegressionSampler
+from metautils.episode import Episode
+
+FAMILIES = pytest.mark.parametrize("family", [SINUSOIDS, LINES, PLANES], ids=lambda f: f.name)
+
+
+def parts(episode):
+    return episode.support_x, episode.support_y, episode.query_x, episode.query_y
+
+
+@FAMILIES
+def test_shapes(family):
+    episode = RegressionSampler(family, shots=5, queries=7, tasks=3).sample()
+    x, y, qx, qy = parts(episode)
+    assert x.shape == (3, 5, family.inputs)
+    assert qx.shape == (3, 7, family.inputs)
+    assert (y.shape, qy.shape) == ((3, 5, 1), (3, 7, 1))
+    assert {z.dtype for z in parts(episode)} == {torch.float32}
+    assert episode.classes is None
+    assert episode.tasks == 3
+
+
+@FAMILIES
+def test_inputs_fill_the_domain_evenly(family):
+    x = RegressionSampler(family, 50, 50, tasks=200).sample().support_x.double()
+    low, high = family.domain
+    assert low <= x.min() < low + 0.01 * (high - low)
+    assert high - 0.01 * (high - low) < x.max() < high
+    assert float(x.mean()) == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+    assert float(x.std()) == pytest.approx((high - low) / 12**0.5, rel=0.02)
+
+
+def design(x):
+    """Inputs and a column of ones, so that least squares finds slopes and the constant."""
+    return torch.cat([x, torch.ones_like(x[..., :1])], -1).double()
+
+
+@pytest.mark.parametrize("family", [LINES, PLANES], ids=lambda f: f.name)
+def test_queries_lie_on_the_function_of_the_support(family):
+    """The parameters found in the support set predict the queries, and lie in their ranges."""
+    x, y, qx, qy = parts(RegressionSampler(family, 6, 9, tasks=300).sample())
+    found = torch.linalg.lstsq(design(x), y.double()).solution
+    torch.testing.assert_close(design(qx) @ found, qy.double(), rtol=1e-3, atol=1e-4)
+    for k, (low, high) in enumerate(family.ranges):
+        column = found[:, k, 0]
+        assert low - 1e-3 < column.min() < low + 0.1
+        assert high - 0.1 < column.max() < high + 1e-3
+    assert len(found[:, 0].unique()) == 300  # every task has a function of its own
+
+
+def test_sinusoids_have_one_amplitude_and_phase_in_support_and_query():
+    """a sin(x - b) is linear in sin x and cos x; section 5.1 of Finn et al. 2017."""
+    x, y, qx, qy = (z.double() for z in parts(RegressionSampler(SINUSOIDS, 8, 20, 300).sample()))
+    found = torch.linalg.lstsq(torch.cat([x.sin(), x.cos()], -1), y).solution
+    torch.testing.assert_close(torch.cat([qx.sin(), qx.cos()], -1) @ found, qy, rtol=0, atol=1e-3)
+    amplitude = found.norm(dim=1)[:, 0]
+    phase = torch.atan2(-found[:, 1, 0], found[:, 0, 0])
+    assert 0.099 < amplitude.min() < 0.2
+    assert 4.9 < amplitude.max() < 5.001
+    assert -0.01 < phase.min() < 0.1
+    assert math.pi - 0.1 < phase.max() < math.pi + 0.01
+
+
+@FAMILIES
+def test_same_seed_same_episodes(family):
+    first, again, other = (RegressionSampler(family, 3, 2, 2, seed) for seed in (4, 4, 5))
+    torch.manual_seed(9)  # the global generator has no part in it
+    several = list(islice(first, 3))
+    for a, b in zip(several, islice(again, 3), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(parts(a), parts(b), strict=True))
+    assert not torch.equal(several[0].support_x, several[1].support_x)
+    assert not torch.equal(several[0].support_x, other.sample().support_x)
+
+
+def test_state_of_the_generator_is_all_it_remembers():
+    sampler = RegressionSampler(SINUSOIDS, 3, 2)
+    sampler.sample()
+    state = sampler.generator.get_state()
+    expected = sampler.sample()
+    sampler.generator.set_state(state)
+    assert torch.equal(sampler.sample().query_y, expected.query_y)
+
+
+def test_settings_tell_episodes_apart():
+    made = RegressionSampler(LINES, 3, 2, 4, seed=7)
+    expected = {"seed": 7, "family": "lines", "shots": 3, "queries": 2, "tasks": 4}
+    assert made.settings == expected
+    made.sample()
+    assert made.settings == expected
+    assert RegressionSampler(SINUSOIDS, 3, 2, 4, seed=7).settings != expected
+
+
+@pytest.mark.parametrize("name", ["shots", "queries", "tasks"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_numbers_must_be_positive(name, value):
+    sizes = {"shots": 1, "queries": 1, "tasks": 1} | {name: value}
+    with pytest.raises(ValueError, match=f"^{name} is {value}; it must be at least 1"):
+        RegressionSampler(LINES, **sizes)
+
+
+def test_family_of_ones_own():
+    squares = Family("squares", 1, ((2.0, 3.0),), lambda x, a: a * x[..., 0] ** 2, (0.0, 1.0))
+    x, y, *_ = parts(RegressionSampler(squares, 4, tasks=5).sample())
+    ratio = y / x**2
+    assert (ratio.amax(1) - ratio.amin(1)).max() < 1e-3
+    assert ((ratio > 1.999) & (ratio < 3.001)).all()
+
+
+def sound(**changed):
+    parts = {"support_x": torch.zeros(2, 3, 1), "support_y": torch.zeros(2, 3, 1)}
+    parts |= {"query_x": torch.zeros(2, 5, 1), "query_y": torch.zeros(2, 5, 1)}
+    return parts | changed
+
+
+def test_episode_of_regression_needs_no_classes():
+    assert Episode(**sound()).tasks == 2
+    Episode(**sound(support_y=torch.zeros(2, 3, 4), query_y=torch.zeros(2, 5, 4)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (
+            {"support_y": torch.zeros(2, 4, 1)},
+            r"support_y has shape \(2, 4, 1\) but support_x starts with \(2, 3\): give one",
+        ),
+        ({"query_y": torch.zeros(2, 5)}, "query_y is torch.float32; labels must be torch.int64"),
+        (
+            {"query_y": torch.zeros(2, 5, 1, dtype=torch.int64)},
+            r"query_y has shape \(2, 5, 1\) but query_x starts with \(2, 5\)",
+        ),
+        ({"classes": torch.zeros(2, 1).long()}, r"support_y has shape \(2, 3, 1\)"),
+        (
+            {"query_x": torch.zeros(1, 5, 1), "query_y": torch.zeros(1, 5, 1)},
+            "support, query and classes hold 2, 1 tasks",
+        ),
+    ],
+)
+def test_episode_that_contradicts_itself(changed, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Episode(**sound(**changed))
+
+
+@pytest.mark.parametrize(
+    ("at_once", "sizes"), [(None, [5]), (1, [1] * 5), (2, [2, 2, 1]), (9, [5])]
+)
+def test_episode_in_parts(at_once, sizes):
+    whole = RegressionSampler(PLANES, 3, 2, tasks=5).sample()
+    pieces = list(whole.parts(at_once))
+    assert [piece.tasks for piece in pieces] == sizes
+    for k, tensor in enumerate(parts(whole)):
+        assert torch.equal(torch.cat([parts(piece)[k] for piece in pieces]), tensor)
+    assert all(piece.classes is None for piece in pieces)
