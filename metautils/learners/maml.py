@@ -58,6 +58,7 @@ class MAML(Learner):
         norms = any(isinstance(layer, BatchNorm) for layer in net.modules())
         self.transductive, self.from_support = norms and transductive, norms and not transductive
         self.vectorise = vectorise
+        self.ways: int | None = None  # outputs of the net, seen at the first task
 
     def optimizer(self) -> SGD | Adam:
         """What makes the inner steps."""
@@ -72,7 +73,8 @@ class MAML(Learner):
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, after: Sequence[int]
     ) -> Tensor:
         """Predictions after each of these numbers of inner steps, `(tasks, len(after), Q, ...)`."""
-        _check_labels(self.net, support_x, support_y)
+        if not support_y.is_floating_point():
+            self._check_labels(support_x, support_y)
 
         def task(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
             path = inner_steps(
@@ -82,6 +84,18 @@ class MAML(Learner):
             return torch.stack([self._predict(f, x, queries) for k, f in steps if k in after])
 
         return self._over_tasks(task, support_x, support_y, query_x)
+
+    @torch.no_grad()
+    def _check_labels(self, support_x: Tensor, support_y: Tensor) -> None:
+        if self.ways is None:
+            unadapted = adapt(self.net, task_loss, SGD(1.0), steps=0)
+            self.ways = unadapted(support_x[0]).shape[-1]
+        low, high = int(support_y.min()), int(support_y.max())
+        if low < 0 or high >= self.ways:
+            raise ValueError(
+                f"Support labels run from {low} to {high}, but the network has {self.ways} "
+                f"outputs: they must lie in [0, {self.ways})."
+            )
 
     def _over_tasks(self, task: Callable[..., Tensor], *batches: Tensor) -> Tensor:
         batch_norm_mode(self.net, fused=not self._vectorised)
@@ -137,15 +151,3 @@ def _check_norms(net: nn.Module) -> None:
                 f"{name} is {type(layer).__name__}, whose statistics would mix tasks: build the "
                 "network with metautils.nets.BatchNorm, as in Conv4(norm=BatchNorm)."
             )
-
-
-@torch.no_grad()
-def _check_labels(net: nn.Module, support_x: Tensor, support_y: Tensor) -> None:
-    if support_y.is_floating_point():
-        return
-    ways = adapt(net, task_loss, SGD(1.0), steps=0)(support_x[0]).shape[-1]
-    if support_y.min() < 0 or support_y.max() >= ways:
-        raise ValueError(
-            f"Support labels run from {int(support_y.min())} to {int(support_y.max())}, but the "
-            f"network has {ways} outputs: they must lie in [0, {ways})."
-        )
