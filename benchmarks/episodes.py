@@ -84,8 +84,9 @@ ratios = {n: round(median(r["index gather"] / r[n] for r in rounds), 1) for n in
 rows = [[n, f"{rates[n]:,}", f"{ratios[n]} x"] for n in sources]
 heads = ["Episodes from", "Images a second", "Gather is faster"]
 what = WHAT + ("Omniglot's background set" if archive.is_file() else "glyphs")
+what += f"; medians of {ROUNDS} interleaved rounds"
 tables = [{"title": "Episodes", "heads": heads, "rows": rows}]
-record = {"what": what, "tables": tables, "rounds": ROUNDS}
+record = {"what": what, "tables": tables}
 record |= results.provenance(torch.device("cpu"))
 (results.folder() / "speed_episodes.json").write_text(json.dumps(record, indent=1) + "\n")
-print(results.speed("episodes")["Episodes"])
+print(results.tables("speed_episodes")["Episodes"])

@@ -20,13 +20,14 @@ from statistics import median
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from metautils import results
+from metautils.data.regression import SINUSOIDS, RegressionSampler
 from metautils.episode import Episode
 from metautils.learners.anil import ANIL
+from metautils.learners.base import task_loss
 from metautils.learners.maml import FOMAML, MAML
-from metautils.nets import BatchNorm, Conv4, classifier
+from metautils.nets import BatchNorm, Conv4, classifier, mlp
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a SyntaxWarning of its own
@@ -57,10 +58,12 @@ def episode(tasks=TASKS):
     return Episode(*(v.to(DEVICE) for v in (x[:, :5], labels[0], x[:, 5:], labels[1])))
 
 
-def ours(kind, strided=False, steps=STEPS, **options):
-    learner = kind(
-        classifier(Conv4(strided=strided, norm=BatchNorm), 64, 5), 0.4, steps, **options
-    ).to(DEVICE)
+def conv4(strided=False, norm=BatchNorm):
+    return classifier(Conv4(strided=strided, norm=norm), 64, 5)
+
+
+def ours(kind, net, steps=STEPS, **options):
+    learner = kind(net.to(DEVICE), 0.01, steps, **options)
 
     def meta_step(e):
         learner.zero_grad()
@@ -70,9 +73,8 @@ def ours(kind, strided=False, steps=STEPS, **options):
     return meta_step
 
 
-def theirs(embed, steps=STEPS):
-    net = classifier(embed, 64, 5).to(DEVICE)
-    optimizer = torch.optim.SGD(net.parameters(), 0.4)
+def theirs(net, steps=STEPS):
+    optimizer = torch.optim.SGD(net.to(DEVICE).parameters(), 0.01)
 
     def meta_step(e):
         net.zero_grad()
@@ -80,8 +82,8 @@ def theirs(embed, steps=STEPS):
             context = higher.innerloop_ctx(net, optimizer, copy_initial_weights=False)
             with context as (f, inner):
                 for _ in range(steps):
-                    inner.step(F.cross_entropy(f(x), y))
-                (F.cross_entropy(f(qx), qy) / e.tasks).backward()
+                    inner.step(task_loss(f(x), y))
+                (task_loss(f(qx), qy) / e.tasks).backward()
 
     return meta_step
 
@@ -94,9 +96,9 @@ def timed(meta_step, e):
     return time.perf_counter() - start
 
 
-def table(title, cases, first):
-    """Medians of interleaved rounds, and of each round's ratio to the case `first`."""
-    e = episode()
+def table(title, cases, e):
+    """Medians of interleaved rounds, and of each round's ratio to the first case."""
+    first = next(iter(cases))
     for step in cases.values():
         step(e)
     rounds = [{name: timed(step, e) for name, step in cases.items()} for _ in range(ROUNDS)]
@@ -109,10 +111,10 @@ def table(title, cases, first):
 
 
 MEMORY = {
-    "MAML": lambda steps: ours(MAML, steps=steps, vectorise=False),
-    "MAML, vmap": lambda steps: ours(MAML, steps=steps, vectorise=True),
-    "FOMAML": lambda steps: ours(FOMAML, steps=steps, vectorise=False),
-    "higher": lambda steps: theirs(Conv4(norm=native), steps),
+    "MAML, task by task": lambda steps: ours(MAML, conv4(), steps, vectorise=False),
+    "MAML, vmap": lambda steps: ours(MAML, conv4(), steps, vectorise=True),
+    "FOMAML, task by task": lambda steps: ours(FOMAML, conv4(), steps, vectorise=False),
+    "higher": lambda steps: theirs(conv4(norm=native), steps),
 }
 
 
@@ -123,7 +125,7 @@ def peak(name, steps):
         before = torch.cuda.memory_allocated()
         step(e)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    ours(FOMAML)(episode(1))  # what the libraries set up at first use is no graph
+    ours(FOMAML, conv4())(episode(1))  # what the libraries set up at first use is no graph
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted from here
     before = resident("VmRSS")
     step(e)
@@ -140,25 +142,34 @@ if len(sys.argv) > 1:
     print(peak(sys.argv[1], int(sys.argv[2])))
     sys.exit()
 
-PAIR = f"second order, {TASKS} tasks, {STEPS} inner step(s)"
+HOW = f"{TASKS} tasks, {STEPS} inner step(s)"
 pooled = {
-    "higher, Conv-4 as usually written": theirs(Usual()),
-    "higher, this package's Conv-4": theirs(Conv4(norm=native)),
-    "MAML, task by task": ours(MAML, vectorise=False),
-    "MAML, vmap": ours(MAML, vectorise=True),
-    "FOMAML": ours(FOMAML),
-    "ANIL": ours(ANIL),
+    "higher, Conv-4 as usually written": theirs(classifier(Usual(), 64, 5)),
+    "higher, this package's Conv-4": theirs(conv4(norm=native)),
+    "MAML, task by task": ours(MAML, conv4(), vectorise=False),
+    "MAML, vmap": ours(MAML, conv4(), vectorise=True),
+    "FOMAML": ours(FOMAML, conv4()),
+    "ANIL": ours(ANIL, conv4()),
 }
 strided = {
-    "higher, strided Conv-4": theirs(Conv4(strided=True, norm=native)),
-    "MAML, task by task": ours(MAML, True, vectorise=False),
-    "MAML, vmap": ours(MAML, True, vectorise=True),
-    "FOMAML": ours(FOMAML, True),
-    "ANIL": ours(ANIL, True),
+    "higher, strided Conv-4": theirs(conv4(True, native)),
+    "MAML, task by task": ours(MAML, conv4(True), vectorise=False),
+    "MAML, vmap": ours(MAML, conv4(True), vectorise=True),
+    "FOMAML": ours(FOMAML, conv4(True)),
+    "ANIL": ours(ANIL, conv4(True)),
 }
+dense = {
+    "higher": theirs(mlp()),
+    "MAML, task by task": ours(MAML, mlp(), vectorise=False),
+    "MAML, vmap": ours(MAML, mlp(), vectorise=True),
+    "FOMAML": ours(FOMAML, mlp()),
+    "ANIL": ours(ANIL, mlp()),
+}
+curves = RegressionSampler(SINUSOIDS, 10, 10, 25, device=DEVICE).sample()
 tables = [
-    table(f"Conv-4 with pooling, {PAIR}", pooled, next(iter(pooled))),
-    table(f"Strided Conv-4, {PAIR}", strided, next(iter(strided))),
+    table(f"Conv-4 with pooling, {HOW}", pooled, episode()),
+    table(f"Strided Conv-4, {HOW}", strided, episode()),
+    table(f"Two hidden layers of 40 on sinusoids, 25 tasks, {STEPS} inner step(s)", dense, curves),
 ]
 memory = []
 for name in MEMORY:
@@ -173,8 +184,9 @@ heads = ["Peak memory in MiB", *(f"{k} inner steps" for k in (1, 3, 5, 10))]
 tables.append(
     {"title": f"Memory, Conv-4 with pooling, {TASKS} tasks", "heads": heads, "rows": memory}
 )
-what = "one meta-step on 5-way 1-shot tasks of 28x28 with 15 queries a class"
-record = {"what": what, "tables": tables, "rounds": ROUNDS, **results.provenance(DEVICE)}
+what = "one meta-step; images are 5-way 1-shot tasks of 28x28 with 15 queries a class; "
+what += f"medians of {ROUNDS} interleaved rounds"
+record = {"what": what, "tables": tables, **results.provenance(DEVICE)}
 name = "inner_loop" if DEVICE.type == "cpu" else "inner_loop_gpu"
 (results.folder() / f"speed_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-print(*(f"{title}\n{each}\n" for title, each in results.speed(name).items()), sep="\n")
+print(*(f"{title}\n{each}\n" for title, each in results.tables(f"speed_{name}").items()), sep="\n")

@@ -180,24 +180,25 @@ def page() -> str:
               r["seed"], r["steps"], r["minutes"], f"{r['device']}, {r['threads']} threads",
               r["torch"], f"`{r['commit']}`"] for k, r in found.items()],
         ),
+        "## Inside the networks",
+        *map(_measured, sorted(folder().glob("inside_*.json"))),
         "## Speed",
-        *map(_speed, sorted(folder().glob("speed_*.json"))),
+        *map(_measured, sorted(folder().glob("speed_*.json"))),
     ]  # fmt: skip
     return "\n\n".join(parts)
 
 
-def speed(name: str) -> dict[str, str]:
-    """Tables of `results/speed_NAME.json` as Markdown, by title."""
-    r = json.loads((folder() / f"speed_{name}.json").read_text())
+def tables(name: str) -> dict[str, str]:
+    """The tables of `results/NAME.json`, a measurement of another kind, as Markdown by title."""
+    r = json.loads((folder() / f"{name}.json").read_text())
     return {t["title"]: _markdown(t["heads"], t["rows"]) for t in r["tables"]}
 
 
-def _speed(path: Path) -> str:
+def _measured(path: Path) -> str:
     r = json.loads(path.read_text())
     where = f"{r['device']}, torch {r['torch']}, {r['threads']} thread(s), commit `{r['commit']}`"
-    told = f"{r['what']}; medians of {r['rounds']} interleaved rounds; {where}."
-    tables = speed(path.stem.removeprefix("speed_"))
-    return "\n\n".join([told, *(f"**{title}**\n\n{each}" for title, each in tables.items())])
+    parts = [f"**{title}**\n\n{each}" for title, each in tables(path.stem).items()]
+    return "\n\n".join([f"{r['what']}; {where}.", *parts])
 
 
 def _markdown(heads: list[str], rows: list[list[Any]]) -> str:

@@ -24,6 +24,7 @@ def record(**changed):
         "classes": {"train": 7, "validation": 2, "test": 3},
         "seed": 0,
         "minutes": 1.5,
+        "train": {"tasks": 1, "ways": 5, "shots": 1, "queries": 5},
         "baseline": [evaluation],
         "evaluations": [evaluation],
     }
@@ -32,7 +33,7 @@ def record(**changed):
 
 TABLE = {"title": "Gather", "heads": ["from", "images a second"], "rows": [["gather", "7,000"]]}
 SPEED = {"what": "speed", "tables": [TABLE]}
-SPEED |= {"rounds": 3, "device": "CPU", "threads": 1, "torch": "2", "commit": "abc"}
+SPEED |= {"device": "CPU", "threads": 1, "torch": "2", "commit": "abc"}
 
 
 def paper(**changed):

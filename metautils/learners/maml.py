@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
 from metautils.learners.base import Learner, task_loss
@@ -129,10 +130,10 @@ class MAML(Learner):
     def _vectorised(self) -> bool:
         if self.vectorise is not None:
             return self.vectorise
-        # Measured by benchmarks/inner_loop.py: on a CPU large feature maps, of which networks with
-        # pooling are full, are quicker one task after another; all else is quicker at once.
+        # Measured by benchmarks/inner_loop.py: on a CPU convolutions are quicker one task after
+        # another, small dense networks all tasks at once; a GPU wants few and large operations.
         on_cpu = next(self.net.parameters()).device.type == "cpu"
-        return not (on_cpu and any(isinstance(x, nn.MaxPool2d) for x in self.net.modules()))
+        return not (on_cpu and any(isinstance(layer, _ConvNd) for layer in self.net.modules()))
 
 
 class FOMAML(MAML):
