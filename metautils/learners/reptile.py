@@ -31,16 +31,22 @@ class Reptile(MAML):
         return Adam(self.lr, betas=(0.0, 0.999))
 
     def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
-        """Half the squared distance of theta and phi, a mean over tasks, and predictions."""
+        """Half the squared distance of theta and phi, a mean over tasks, and what phi predicts.
+
+        Each phi has seen the labels of its queries: there is no held-out set in training.
+        """
         theta = torch.cat([p.flatten() for p in self.net.parameters()])
 
         def task(x: Tensor, y: Tensor) -> Tensor:
             f = adapt(self.net, lambda f: task_loss(f(x), y), self.optimizer(), self.steps)
-            return torch.cat([p.flatten() for p in f.parameters.values()])
+            phi = [p.flatten() for p in f.parameters.values()]
+            return torch.cat([*phi, f(x[shots:]).flatten()])
 
+        shots = episode.support_x.shape[1]
         x = torch.cat([episode.support_x, episode.query_x], 1)
         y = torch.cat([episode.support_y, episode.query_y], 1)
         with torch.no_grad():
-            phi = self._over_tasks(task, x, y)
-            predictions = self(episode.support_x, episode.support_y, episode.query_x)
+            found = self._over_tasks(task, x, y)
+        phi, predictions = found[:, : len(theta)], found[:, len(theta) :]
+        predictions = predictions.unflatten(1, (episode.query_x.shape[1], -1))
         return (theta - phi).square().sum(1).mean() / 2, predictions
