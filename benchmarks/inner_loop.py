@@ -142,7 +142,8 @@ if len(sys.argv) > 1:
     print(peak(sys.argv[1], int(sys.argv[2])))
     sys.exit()
 
-HOW = f"{TASKS} tasks, {STEPS} inner step(s)"
+ONE = f"{STEPS} inner step{'s' * (STEPS != 1)}"
+HOW = f"{TASKS} tasks, {ONE}"
 pooled = {
     "higher, Conv-4 as usually written": theirs(classifier(Usual(), 64, 5)),
     "higher, this package's Conv-4": theirs(conv4(norm=native)),
@@ -169,7 +170,7 @@ curves = RegressionSampler(SINUSOIDS, 10, 10, 25, device=DEVICE).sample()
 tables = [
     table(f"Conv-4 with pooling, {HOW}", pooled, episode()),
     table(f"Strided Conv-4, {HOW}", strided, episode()),
-    table(f"Two hidden layers of 40 on sinusoids, 25 tasks, {STEPS} inner step(s)", dense, curves),
+    table(f"Two hidden layers of 40 on sinusoids, 25 tasks, {ONE}", dense, curves),
 ]
 memory = []
 for name in MEMORY:
@@ -180,7 +181,7 @@ for name in MEMORY:
         subprocess.run(run, capture_output=True, text=True, check=True, env=told) for run in runs
     ]
     memory.append([name, *(f"{float(run.stdout):.0f}" for run in found)])
-heads = ["Peak memory in MiB", *(f"{k} inner steps" for k in (1, 3, 5, 10))]
+heads = ["Peak memory in MiB", *(f"{k} inner step{'s' * (k != 1)}" for k in (1, 3, 5, 10))]
 tables.append(
     {"title": f"Memory, Conv-4 with pooling, {TASKS} tasks", "heads": heads, "rows": memory}
 )

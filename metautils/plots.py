@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind readers tell apart, in the order that keeps
 # neighbours distinct on white and on black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
+NO_ALT = "Every figure needs alt text: say what it shows in a sentence."
 INK = "#010203"  # stands for the page's own text colour, see `show`
 
 STYLE = {
@@ -75,10 +76,16 @@ def show_slider(figures: Sequence[Figure], labels: Sequence[str], alt: str) -> H
     """
     from IPython.display import HTML
 
+    if not alt.strip():
+        raise ValueError(NO_ALT)
     if len(labels) != len(figures):
         raise ValueError(f"{len(figures)} figures have {len(labels)} labels: give one for each.")
-    frames = [_svg(figure, f"{alt} Here: {t}.") for figure, t in zip(figures, labels, strict=True)]
-    hidden = ["", *[" hidden"] * (len(frames) - 1)]
+    frames = [
+        # Names of its own in each frame: a browser may not look them up in a hidden one.
+        _svg(figure, f"{alt} Here: {label}.", salt=f"metautils{k}")
+        for k, (figure, label) in enumerate(zip(figures, labels, strict=True))
+    ]
+    hidden = ["", *[' hidden=""'] * (len(frames) - 1)]
     shown = "".join(f"<div{h}>{svg}</div>" for h, svg in zip(hidden, frames, strict=True))
     names = html.escape(json.dumps(list(labels)), quote=True)
     # One line of script in the page moves it: it works in a saved page, on Colab and in Jupyter.
@@ -93,17 +100,18 @@ def show_slider(figures: Sequence[Figure], labels: Sequence[str], alt: str) -> H
         f'<div class="figure" style="overflow-x: auto"><div class="frames">{shown}</div>'
         f'<label style="display: block">Move the slider: <input type="range" min="0" '
         f'max="{len(frames) - 1}" value="0" step="1" style="vertical-align: middle; width: 50%" '
-        f'data-labels="{names}" aria-valuetext="{first}" oninput="{move}"> '
+        f'data-labels="{names}" aria-valuetext="{first}" oninput="{move}"/> '
         f"<output>{first}</output></label></div>"
     )
 
 
-def _svg(figure: Figure, alt: str) -> str:
+def _svg(figure: Figure, alt: str, salt: str = STYLE["svg.hashsalt"]) -> str:
     """The figure as SVG text in the page's ink, closed afterwards."""
     if not alt.strip():
-        raise ValueError("Every figure needs alt text: say what it shows in a sentence.")
+        raise ValueError(NO_ALT)
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    with plt.rc_context({"svg.hashsalt": salt}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -204,4 +204,5 @@ def _measured(path: Path) -> str:
 def _markdown(heads: list[str], rows: list[list[Any]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     text = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return text.replace(" ± ", "\u00a0±\u00a0")  # a narrow column must not part a number from its ±
+    # A narrow column must not part a number from its ± or from its unit.
+    return text.replace(" ± ", "\u00a0±\u00a0").replace(" x |", "\u00a0x |")

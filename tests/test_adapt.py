@@ -470,7 +470,7 @@ def test_tasks_in_a_loop_do_not_share_running_statistics():
 
     together = over_tasks(task, net, x, y, qx, qy, vectorise=False)
     for k in range(2):
-        assert torch.equal(task(x[k], y[k], qx[k], qy[k]), together[k])
+        torch.testing.assert_close(task(x[k], y[k], qx[k], qy[k]), together[k])
     assert untouched(net, before)
 
 

@@ -1,6 +1,7 @@
 """Figures are drawings inside the page: described, in its colour and font, needing nothing else."""
 
 import html
+import json
 import re
 from xml.etree import ElementTree
 
@@ -158,3 +159,29 @@ def test_episode_shows_support_and_distinct_queries(ways, shots, queries):
     labels = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
     assert labels == [f"class {k}" for k in range(ways)]
     plt.close(figure)
+
+
+def test_slider_shows_its_first_frame_and_hides_the_others():
+    text = plots.show_slider([line(), line(), line()], ["0 steps", "1 <b>", "2"], "A fall.").data
+    body = ElementTree.fromstring(text)
+    frames = body.find("div[@class='frames']")
+    assert ["hidden" in frame.attrib for frame in frames] == [False, True, True]
+    told = [frame.find(f"{SVG}svg").get("aria-label") for frame in frames]
+    assert told == ["A fall. Here: 0 steps.", "A fall. Here: 1 <b>.", "A fall. Here: 2."]
+    knob = body.find("label/input")
+    assert (knob.get("min"), knob.get("max"), knob.get("value")) == ("0", "2", "0")
+    assert json.loads(knob.get("data-labels")) == ["0 steps", "1 <b>", "2"]
+    assert body.find("label/output").text == "0 steps"
+
+
+def test_frames_of_a_slider_share_no_names():
+    text = plots.show_slider([line(), line()], ["a", "b"], "A fall.").data
+    paths = re.findall(r'<clipPath id="([^"]+)"', text)
+    assert len(paths) == len(set(paths)) == 2
+
+
+def test_slider_needs_a_label_for_each_figure_and_a_description():
+    with pytest.raises(ValueError, match="2 figures have 1 labels"):
+        plots.show_slider([line(), line()], ["a"], "A fall.")
+    with pytest.raises(ValueError, match="needs alt text"):
+        plots.show_slider([line()], ["a"], " ")

@@ -178,7 +178,8 @@ def test_page_of_one_record(elsewhere):
     page = results.page().replace("\u00a0", " ")
     assert sound_tables(page) == 4
     assert "**this book**, `mine`" in page
-    assert "| omniglot | glyphs | none | 98.77 ± 0.12 | - |" in page
+    assert "| omniglot | glyphs | none | inductive | 98.77 ± 0.12 | - |" in page
+    assert "| 1 x 5-way 1-shot, 5 queries |" in page
     assert "| 7 / 2 / 3 |" in page
 
 

@@ -226,3 +226,25 @@ def test_a_hidden_solution_opens(browser: Browser, address: str, site: Path):
         assert trouble == []
     finally:
         tab.close()
+
+
+def test_a_slider_steps_through_its_figures(browser: Browser, address: str, site: Path):
+    """Without a kernel: by the page's own script."""
+    pages = [p for p in PAGES if read(site / f"{p}.html").select(".figure input[type=range]")]
+    assert pages
+    tab, trouble = show(browser, address, f"{pages[0]}.html", "desktop", "light")
+    try:
+        figure = tab.locator(".figure:has(input[type=range])").first
+        knob, frames = figure.locator("input"), figure.locator(".frames > div")
+        seen = [figure.locator(".frames > div:visible svg").get_attribute("aria-label")]
+        knob.focus()
+        for _ in range(frames.count() - 1):
+            knob.press("ArrowRight")
+            visible = figure.locator(".frames > div:visible svg")
+            assert visible.count() == 1
+            seen.append(visible.get_attribute("aria-label"))
+            assert figure.locator("output").inner_text() in seen[-1]
+        assert len(set(seen)) == frames.count() > 2
+        assert trouble == []
+    finally:
+        tab.close()

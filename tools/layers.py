@@ -18,6 +18,7 @@ from metautils.sampling import EpisodeSampler
 from metautils.train import CHECKPOINT, load_weights
 
 TASKS, AFTER = 600, [0, 1, 3, 10]
+STEPS = [f"{k} step{'s' * (k != 1)}" for k in AFTER]
 
 
 def accuracies(predict, queries):
@@ -65,7 +66,7 @@ queries = [[n, *accuracies(adapted([1]), n)] for n in (1, 5, 15)]
 head = torch.nn.functional.normalize(net.head.weight.detach())
 cosines = (head @ head.T)[~torch.eye(ways, dtype=bool)]
 tables = [
-    {"title": "What adapts", "heads": ["Adapts", *(f"{k} steps" for k in AFTER)], "rows": rows},
+    {"title": "What adapts", "heads": ["Adapts", *STEPS], "rows": rows},
     {"title": "Class means of the features, nothing adapted", "heads": ["Distance", "Accuracy"],
      "rows": means},
     {"title": "Queries that share a batch", "heads": ["Queries a class", "Accuracy"],

@@ -123,7 +123,7 @@ class MAML(Learner):
 
     @property
     def tasks_at_once(self) -> int | None:
-        """One, where tasks are run one by one: each frees its graph before the next begins."""
+        """One where tasks are run one by one, so that each frees its graph before the next."""
         return None if self._vectorised else 1
 
     @property
