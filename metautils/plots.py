@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 from torch import Tensor
 
 from metautils.episode import Episode
@@ -178,3 +179,57 @@ def draw_episode(
     axes[0, 0].set_title("support", fontsize=11)
     axes[0, shots + 1].set_title("queries", fontsize=11, loc="left")
     return figure
+
+
+def sheet(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty sheet for a diagram, its axes in inches from the lower left corner."""
+    figure = plt.figure(figsize=(width, height), layout="none")
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, width), ylim=(0, height), autoscale_on=False)
+    ax.axis("off")
+    return figure, ax
+
+
+def draw_box(
+    ax: Axes,
+    corner: tuple[float, float],
+    width: float,
+    height: float,
+    text: str = "",
+    colour: str = INK,
+) -> None:
+    """A rounded frame on a `sheet`, from its lower left corner, with text in the middle."""
+    shape = "round,pad=0,rounding_size=0.08"
+    ax.add_patch(
+        FancyBboxPatch(corner, width, height, shape, facecolor="none", edgecolor=colour, lw=1.6)
+    )
+    middle = corner[0] + width / 2, corner[1] + height / 2
+    ax.text(*middle, text, ha="center", va="center", fontsize=10)
+
+
+def draw_arrow(
+    ax: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    text: str = "",
+    colour: str = INK,
+) -> None:
+    """An arrow on a `sheet`, with text above its middle."""
+    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "lw": 1.6, "color": colour})
+    middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.06
+    ax.text(*middle, text, ha="center", va="bottom", fontsize=9.5)
+
+
+def draw_tile(
+    ax: Axes,
+    image: Tensor,
+    corner: tuple[float, float],
+    side: float = 0.42,
+    colour: str | None = None,
+) -> None:
+    """A small drawing `(1, h, w)` on a `sheet`, framed in `colour`."""
+    (x, y), most = corner, 1 if image.is_floating_point() else 255
+    extent = (x, x + side, y, y + side)
+    ax.imshow(image[0].cpu().numpy(), "gray_r", aspect="auto", vmin=0, vmax=most, extent=extent)
+    if colour:
+        ax.add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor=colour, lw=2))

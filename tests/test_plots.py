@@ -185,3 +185,29 @@ def test_slider_needs_a_label_for_each_figure_and_a_description():
         plots.show_slider([line(), line()], ["a"], "A fall.")
     with pytest.raises(ValueError, match="needs alt text"):
         plots.show_slider([line()], ["a"], " ")
+
+
+def test_a_diagram_holds_what_is_drawn_on_its_sheet():
+    figure, ax = plots.sheet(4, 2)
+    plots.draw_box(ax, (0.1, 0.1), 1, 0.5, "a box", plots.COLOURS[0])
+    plots.draw_arrow(ax, (1.1, 0.3), (2, 0.3), "leads to")
+    plots.draw_tile(ax, torch.rand(1, 28, 28), (2.1, 0.1), colour=plots.COLOURS[1])
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 4), (0, 2)), "inches, whatever is drawn"
+    text, svg = drawn(figure)
+    assert svg.get("viewBox").split()[2:] == ["288", "144"]  # points, 72 to the inch
+    assert {"a box", "leads to"} <= {t.text for t in svg.iter(f"{SVG}text")}
+    assert len(list(svg.iter(f"{SVG}image"))) == 1
+    assert plots.COLOURS[0].lower() in text.lower() and plots.COLOURS[1].lower() in text.lower()
+    assert plots.INK not in text
+
+
+def test_a_tile_shows_bytes_and_floats_alike():
+    image = torch.randint(0, 256, (1, 5, 5), dtype=torch.uint8)
+    drawn_alike = []
+    for each in (image, image.float() / 255):
+        figure, ax = plots.sheet(1, 1)
+        plots.draw_tile(ax, each, (0, 0), side=1)
+        picture = ax.images[0]
+        drawn_alike.append(picture.norm(picture.get_array()).round(4).tolist())
+        plt.close(figure)
+    assert drawn_alike[0] == drawn_alike[1]
