@@ -260,7 +260,11 @@ def _rate(lr: Rate | Sequence[Rate], name: str, k: int) -> float | Tensor:
         if k >= len(lr):
             raise ValueError(f"There are rates for {len(lr)} steps, but this is step {k + 1}.")
         lr = lr[k]
-    return lr[name] if isinstance(lr, Mapping) else lr
+    if not isinstance(lr, Mapping):
+        return lr
+    if name not in lr:
+        raise ValueError(f"There is no rate for {name!r}, only for {', '.join(lr)}: add one.")
+    return lr[name]
 
 
 def _checked(lr: Rate | Sequence[Rate]) -> Rate | Sequence[Rate]:

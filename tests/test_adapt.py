@@ -729,5 +729,13 @@ def test_module_without_parameters():
     refused("^The module has no parameters, so there is nothing to adapt", net=nn.ReLU())
 
 
+def test_rate_of_a_parameter_is_missing():
+    rates = SGD({"embed.0.weight": 0.1})
+    refused(
+        r"^There is no rate for 'embed\.0\.bias', only for embed\.0\.weight: add one",
+        optimizer=rates,
+    )
+
+
 def test_rates_for_too_few_steps():
     refused("^There are rates for 2 steps, but this is step 3", steps=3, optimizer=SGD([0.1, 0.2]))

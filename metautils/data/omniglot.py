@@ -64,9 +64,7 @@ def everything() -> ClassBank:
         except (DataError, KeyError, TypeError, ValueError):
             path.unlink()  # a damaged cache is made again
     bank = _decode(_source(folder))
-    save_atomically(
-        {"images": bank.images, "counts": bank.counts, "names": list(bank.names)}, path
-    )
+    save_atomically({"images": bank.images, "counts": bank.counts, "names": list(bank.names)}, path)
     return bank
 
 
