@@ -6,7 +6,7 @@ import html
 import io
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -120,13 +120,17 @@ def _svg(figure: Figure, alt: str, salt: str = STYLE["svg.hashsalt"]) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
+def _picture(image: Tensor) -> dict[str, Any]:
+    """What `imshow` needs for one image `(channels, h, w)`: ink on white paper, or in colour."""
+    if image.shape[0] == 3:
+        return {"X": image.permute(1, 2, 0).cpu().numpy()}
+    most = 1 if image.is_floating_point() else 255
+    return {"X": image[0].cpu().numpy(), "cmap": "gray_r", "vmin": 0, "vmax": most}
+
+
 def draw_image(ax: Axes, image: Tensor, title: str = "", colour: str | None = None) -> None:
     """One image `(channels, h, w)` as ink on white paper, framed in `colour`."""
-    if image.shape[0] == 3:
-        ax.imshow(image.permute(1, 2, 0).cpu().numpy())
-    else:
-        most = 1 if image.is_floating_point() else 255
-        ax.imshow(image[0].cpu().numpy(), cmap="gray_r", vmin=0, vmax=most)
+    ax.imshow(**_picture(image))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     ax.set_title(title, fontsize=10)
@@ -153,31 +157,35 @@ def draw_grid(rows: Sequence[Tensor], titles: Sequence[str] = (), scale: float =
 def draw_episode(
     episode: Episode, task: int = 0, queries: int = 10, reveal: bool = False
 ) -> Figure:
-    """One task: each class's support images in its colour, beside `queries` queries in grey.
+    """One task: the support images of each class in its colour, above `queries` grey queries.
 
-    With `reveal`, the same queries in the colours of their classes.
+    The queries, chosen evenly and mixed, have letters. With `reveal` they have the colours of
+    their classes.
+
+    Raises:
+        ValueError: if the task has fewer queries, or the alphabet fewer letters.
     """
-    shots = episode.support_x.shape[1] // episode.ways
-    columns = -(-queries // episode.ways)
-    across = shots + 1 + columns
-    figure, axes = plt.subplots(
-        episode.ways, across, figsize=(0.8 * across, 0.8 * episode.ways), squeeze=False
-    )
+    if not 1 <= queries <= min(26, episode.query_x.shape[1]):
+        raise ValueError(f"queries is {queries}: at most 26, and no more than the task has.")
+    shots, wide = episode.support_x.shape[1] // episode.ways, 0.78
+    rows = -(-queries // 10)
+    width, top = max(wide * episode.ways, 4.4), wide * shots + 0.75 * rows + 0.55
+    figure, ax = sheet(width, top + 0.3)
+    for way in range(episode.ways):
+        x = wide * way + (width - wide * episode.ways) / 2
+        ax.text(x + 0.36, top + 0.05, f"class {way}", ha="center", fontsize=10)
+        members = episode.support_x[task][episode.support_y[task] == way]
+        for k, image in enumerate(members, 1):
+            draw_tile(ax, image, (x + 0.03, top - wide * k), 0.68, COLOURS[way % len(COLOURS)])
+    ax.text(0.04, 0.75 * rows + 0.08, "queries", fontsize=11)
     chosen = torch.linspace(0, episode.query_x.shape[1] - 1, queries).long().flip(0)
     chosen = chosen[torch.randperm(queries, generator=torch.Generator().manual_seed(0))]
-    for way, line in enumerate(axes):
-        members = episode.support_x[task][episode.support_y[task] == way]
-        for ax, image in zip(line, members, strict=False):
-            draw_image(ax, image, colour=COLOURS[way % len(COLOURS)])
-        line[0].set_ylabel(f"class {way}", rotation=0, ha="right", va="center", fontsize=10)
-        for ax in line[shots:]:
-            ax.axis("off")
-        for ax, k in zip(line[shots + 1 :], chosen[way * columns :], strict=False):
-            ax.axis("on")
-            answer = COLOURS[int(episode.query_y[task][k]) % len(COLOURS)]
-            draw_image(ax, episode.query_x[task][k], colour=answer if reveal else "#8C8C8C")
-    axes[0, 0].set_title("support", fontsize=11)
-    axes[0, shots + 1].set_title("queries", fontsize=11, loc="left")
+    side = min(width / 10, 0.7)
+    for k, query in enumerate(chosen):
+        x, y = side * (k % 10), 0.75 * (rows - 1 - k // 10) + 0.25
+        colour = COLOURS[int(episode.query_y[task][query]) % len(COLOURS)] if reveal else COLOURS[6]
+        draw_tile(ax, episode.query_x[task][query], (x + 0.03, y), side - 0.06, colour)
+        ax.text(x + side / 2, y - 0.05, chr(ord("a") + k), ha="center", va="top", fontsize=10)
     return figure
 
 
@@ -204,7 +212,7 @@ def draw_box(
         FancyBboxPatch(corner, width, height, shape, facecolor="none", edgecolor=colour, lw=1.6)
     )
     middle = corner[0] + width / 2, corner[1] + height / 2
-    ax.text(*middle, text, ha="center", va="center", fontsize=10)
+    ax.text(*middle, text, ha="center", va="center", fontsize=11)
 
 
 def draw_arrow(
@@ -214,10 +222,10 @@ def draw_arrow(
     text: str = "",
     colour: str = INK,
 ) -> None:
-    """An arrow on a `sheet`, with text above its middle."""
+    """An arrow on a `sheet`, with text above the middle of a level one."""
     ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "lw": 1.6, "color": colour})
     middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.06
-    ax.text(*middle, text, ha="center", va="bottom", fontsize=9.5)
+    ax.text(*middle, text, ha="center", va="bottom", fontsize=10.5)
 
 
 def draw_tile(
@@ -227,9 +235,8 @@ def draw_tile(
     side: float = 0.42,
     colour: str | None = None,
 ) -> None:
-    """A small drawing `(1, h, w)` on a `sheet`, framed in `colour`."""
-    (x, y), most = corner, 1 if image.is_floating_point() else 255
-    extent = (x, x + side, y, y + side)
-    ax.imshow(image[0].cpu().numpy(), "gray_r", aspect="auto", vmin=0, vmax=most, extent=extent)
+    """A small image `(channels, h, w)` on a `sheet`, framed in `colour`."""
+    x, y = corner
+    ax.imshow(**_picture(image), aspect="auto", extent=(x, x + side, y, y + side))
     if colour:
         ax.add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor=colour, lw=2))

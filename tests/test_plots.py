@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from helpers import ROOT, blobs
+from matplotlib.colors import to_hex
 
 from metautils import plots
 from metautils.sampling import EpisodeSampler
@@ -153,12 +154,46 @@ def test_episode_shows_support_and_distinct_queries(ways, shots, queries):
     e = episode(ways, shots, 5)
     queries = min(queries, 5 * ways)
     figure = plots.draw_episode(e, queries=queries)
-    shown = [torch.as_tensor(ax.get_images()[0].get_array().data) for ax in images(figure)]
-    assert len(shown) == ways * shots + queries
-    assert len({tuple(x.flatten().tolist()) for x in shown}) == len(shown)
-    labels = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
-    assert labels == [f"class {k}" for k in range(ways)]
+    (ax,) = figure.axes
+    shown = [tuple(torch.as_tensor(i.get_array().data).flatten().tolist()) for i in ax.images]
+    assert len(shown) == len(set(shown)) == ways * shots + queries
+    told = [text.get_text() for text in ax.texts]
+    letters = [chr(ord("a") + k) for k in range(queries)]
+    assert told == [*(f"class {k}" for k in range(ways)), "queries", *letters]
     plt.close(figure)
+
+
+def test_episode_reveals_the_class_of_each_query():
+    e = episode(3, 1, 4)
+    frames = {}
+    for reveal in (False, True):
+        figure = plots.draw_episode(e, reveal=reveal)
+        (ax,) = figure.axes
+        frames[reveal] = [to_hex(patch.get_edgecolor()).upper() for patch in ax.patches]
+        asked = [torch.as_tensor(image.get_array().data) for image in ax.images][3:]
+        plt.close(figure)
+    answers = [int(e.query_y[0][(e.query_x[0, :, 0] == x).all(-1).all(-1)]) for x in asked]
+    assert frames[False] == [*plots.COLOURS[:3], *[plots.COLOURS[6]] * 10]
+    assert frames[True] == [*plots.COLOURS[:3], *(plots.COLOURS[k] for k in answers)]
+
+
+def test_tiles_of_a_wide_episode_do_not_overlap():
+    e = EpisodeSampler(blobs(classes=20), 20, 2, 2).sample()
+    figure = plots.draw_episode(e, queries=25)
+    (ax,) = figure.axes
+    boxes = [patch.get_bbox() for patch in ax.patches]
+    assert len(boxes) == 20 * 2 + 25
+    for k, a in enumerate(boxes):
+        assert not any(a.overlaps(b) for b in boxes[k + 1 :])
+        assert 0 <= a.x0 and a.x1 <= ax.get_xlim()[1] and 0 <= a.y0 and a.y1 <= ax.get_ylim()[1]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("queries", [0, 5, 27])
+def test_episode_has_the_queries_that_are_asked_for(queries):
+    e = episode(2, 1, 2) if queries < 27 else episode(6, 1, 7)
+    with pytest.raises(ValueError, match=f"queries is {queries}: at most 26, and no more than"):
+        plots.draw_episode(e, queries=queries)
 
 
 def test_slider_shows_its_first_frame_and_hides_the_others():
