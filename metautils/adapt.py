@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,50 @@ class Adapted:
         module: whose `forward` is run; its own parameters and buffers are never written.
         parameters: phi, by name, the parameters used instead.
         buffers: by name; what a call changes in them stays here, with this task.
+        state: what the optimiser remembers.
+        k: how many inner steps were made.
     """
 
-    def __init__(self, module: nn.Module, parameters: Named, buffers: Named) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Named,
+        buffers: Named,
+        state: dict[str, Any] | None = None,
+        k: int = 0,
+    ) -> None:
         self.module, self.parameters, self.buffers = module, parameters, buffers
+        self.state, self.k = state or {}, k
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = {**self.parameters, **self.buffers}
         output = functional_call(self.module, state, args, kwargs)
         self.buffers = {name: state[name] for name in self.buffers}
         return output
+
+    def detach_(self) -> None:
+        """Forget how parameters and state came about: later steps do not lead back beyond here.
+
+        Called on what `inner_steps` has just yielded, this truncates backpropagation.
+        """
+        self.parameters, self.state = _detached(self.parameters), _detached(self.state)
+
+
+class Optimizer(Protocol):
+    """What makes an inner step of a gradient: `SGD`, `Adam`, or an optimiser that was learned."""
+
+    def step(
+        self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
+    ) -> tuple[Named, dict]:
+        """Inner step number `k`, counted from 0: new parameters and state.
+
+        Args:
+            phi: the parameters to change, by name.
+            gradients: of the inner loss, by name.
+            state: what the step before returned; empty at the first.
+            k: number of the step.
+            loss: the inner loss at phi, a scalar.
+        """
 
 
 class SGD:
@@ -56,7 +90,9 @@ class SGD:
             raise ValueError(f"momentum is {momentum}; it must be at least 0 and below 1.")
         self.lr, self.momentum = _checked(lr), momentum
 
-    def step(self, phi: Named, gradients: Named, state: dict, k: int) -> tuple[Named, dict]:
+    def step(
+        self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
+    ) -> tuple[Named, dict]:
         """Inner step number `k`, counted from 0: new parameters and state."""
         v = gradients
         if self.momentum and state:
@@ -86,7 +122,9 @@ class Adam:
             raise ValueError(f"betas are {betas}; both must be at least 0 and below 1.")
         self.lr, self.betas, self.eps = _checked(lr), betas, eps
 
-    def step(self, phi: Named, gradients: Named, state: dict, k: int) -> tuple[Named, dict]:
+    def step(
+        self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
+    ) -> tuple[Named, dict]:
         """Inner step number `k`, counted from 0: new parameters and state."""
         zeros = {name: torch.zeros_like(g) for name, g in gradients.items()}
         (b1, b2), m, v = self.betas, state.get("m", zeros), state.get("v", zeros)
@@ -103,7 +141,7 @@ class Adam:
 def inner_steps(
     module: nn.Module,
     loss: Callable[[Adapted], Tensor],
-    optimizer: SGD | Adam,
+    optimizer: Optimizer,
     *,
     first_order: bool = False,
     only: Collection[str] = (),
@@ -119,7 +157,7 @@ def inner_steps(
     Args:
         module: any module; it is left as it was, buffers included.
         loss: of the adapted module, a scalar, such as `lambda f: F.mse_loss(f(x), y)`.
-        optimizer: an `SGD` or `Adam` of this file.
+        optimizer: `SGD` or `Adam` of this file, or a learned one.
         first_order: treat the inner gradient as a constant (FOMAML), which is cheaper.
         only: adapt only these parameters, or the parameters of these submodules (ANIL).
         clip: scale the gradient of a step down to this norm, over all adapted parameters.
@@ -127,28 +165,30 @@ def inner_steps(
 
     Raises:
         ValueError: if the module has no parameter to adapt, the loss is not a scalar or a
-            parameter takes no part in it, or `clip` is not positive.
+            parameter takes no part in it, the module's parameters change between two steps, or
+            `clip` is not positive.
     """
     if clip is not None and clip <= 0:
         raise ValueError(f"clip is {clip}; a norm must be above 0.")
     theta, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     names = _names(theta, only)
-    f, state, k = Adapted(module, theta, _cloned(buffers)), {}, 0
+    f = Adapted(module, theta, _cloned(buffers))
     while True:
         yield f
+        _check_unchanged(module, theta, f.k)
         # A step starts from copies of the buffers, so what was yielded stays as it is.
         with torch.no_grad() if first_order else nullcontext():
-            gradients, buffers = _gradient(f, loss, names, allow_unused or k > 0)
+            gradients, value, buffers = _gradient(f, loss, names, allow_unused or f.k > 0)
             gradients = gradients if clip is None else _clipped(gradients, clip)
         phi = {name: f.parameters[name] for name in names}
-        phi, state = optimizer.step(phi, gradients, state, k)
-        f, k = Adapted(module, {**f.parameters, **phi}, buffers), k + 1
+        phi, state = optimizer.step(phi, gradients, f.state, f.k, value)
+        f = Adapted(module, {**f.parameters, **phi}, buffers, state, f.k + 1)
 
 
 def adapt(
     module: nn.Module,
     loss: Callable[[Adapted], Tensor],
-    optimizer: SGD | Adam,
+    optimizer: Optimizer,
     steps: int = 1,
     **options: Any,
 ) -> Adapted:
@@ -192,11 +232,12 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _gradient(
     f: Adapted, loss: Callable[[Adapted], Tensor], names: list[str], allow_unused: bool
-) -> tuple[Named, Named]:
-    """Gradient of the loss for the named parameters, and the buffers after the forward pass."""
+) -> tuple[Named, Tensor, Named]:
+    """Gradient of the loss for the named parameters, its value, the buffers after the forward."""
 
-    def objective(phi: Named) -> tuple[Tensor, Named]:
-        inner = Adapted(f.module, {**f.parameters, **phi}, _cloned(f.buffers))
+    def objective(phi: Named) -> tuple[Tensor, tuple[Tensor, Named]]:
+        parameters = {**f.parameters, **phi}
+        inner = Adapted(f.module, parameters, _cloned(f.buffers), f.state, f.k)
         value = loss(inner)
         if not isinstance(value, Tensor) or value.dim():
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -205,9 +246,11 @@ def _gradient(
             )
         if not allow_unused:
             _check_used(value, phi)
-        return value, inner.buffers
+        return value, (value, inner.buffers)
 
-    return grad(objective, has_aux=True)({name: f.parameters[name] for name in names})
+    phi = {name: f.parameters[name] for name in names}
+    gradients, (value, buffers) = grad(objective, has_aux=True)(phi)
+    return gradients, value, buffers
 
 
 def _check_used(loss: Tensor, phi: Named) -> None:
@@ -236,6 +279,24 @@ def _names(theta: Named, only: Collection[str]) -> list[str]:
     if not names:
         raise ValueError("The module has no parameters, so there is nothing to adapt.")
     return names
+
+
+def _check_unchanged(module: nn.Module, theta: Named, k: int) -> None:
+    before = {name: tuple(p.shape) for name, p in theta.items()}
+    now = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"Before inner step {k + 1} the module's {name!r} has shape {now.get(name)}, at "
+                f"the first it was {before.get(name)} (None: missing): build the whole module "
+                "before the inner loop, and change none of its parameters inside."
+            )
+
+
+def _detached(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach()
+    return {name: _detached(each) for name, each in x.items()}
 
 
 def _cloned(buffers: Named) -> Named:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from metautils.files import DataError
 from metautils.learners.anil import ANIL
 from metautils.learners.base import Learner
 from metautils.learners.maml import FOMAML, MAML
+from metautils.learners.meta_lstm import MetaLSTM
 from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.protonet import ProtoNet
 from metautils.learners.reptile import Reptile
@@ -72,18 +74,26 @@ def _adapting(learner: type[MAML], **options: Any) -> Callable[[int, int, bool],
     return make
 
 
+def _meta_lstm(channels: int, ways: int, transductive: bool) -> Learner:
+    """On the network of Ravi and Larochelle 2017, of 32 filters; never transductive."""
+    norm = partial(nn.BatchNorm2d, momentum=0.95)
+    return MetaLSTM(classifier(Conv4(channels, width=32, norm=norm), 32, ways))
+
+
 # 60-way 1-shot with 5 queries a class is how Snell et al. 2017 train on Omniglot.
 PROTONET = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(3000, 60, 1, 5, 1000)}
 ADAPTING = {
     "quick": Preset(300, 5, 1, 5, 600, tasks=8, lr=3e-3),
     "full": Preset(20000, 5, 1, 5, 1000, tasks=8, lr=3e-3),
 }
+META_LSTM = {"quick": Preset(300, 5, 1, 5, 600), "full": Preset(12000, 5, 1, 5, 1000, lr=2e-3)}
 METHODS = {
     "protonet": Method(lambda c, *_: ProtoNet(Conv4(c)), PROTONET, "classes", any_ways=True),
     "maml": Method(_adapting(MAML, test_steps=3), ADAPTING),
     "fomaml": Method(_adapting(FOMAML, test_steps=3), ADAPTING),
     "anil": Method(_adapting(ANIL, test_steps=3), ADAPTING),
     "meta_sgd": Method(_adapting(MetaSGD), ADAPTING),
+    "meta_lstm": Method(_meta_lstm, META_LSTM),
     "reptile": Method(_adapting(Reptile, test_steps=50), ADAPTING),
 }
 
@@ -110,7 +120,13 @@ def train(args: argparse.Namespace) -> None:
     n, tasks = min(20 if method.any_ways else ways, len(validation)), min(preset.tasks, 10)
     choose = EpisodeSampler(validation, n, preset.shots, preset.queries, tasks, turned, args.seed)
     history = meta_train(
-        learner, episodes, preset.steps, preset.lr, choose, every=250, out=args.out
+        learner,
+        episodes,
+        preset.steps,
+        preset.lr,
+        choose,
+        every=max(250, preset.steps // 24),
+        out=args.out,
     )
     record = {
         "method": args.method,

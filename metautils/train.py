@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from metautils.data.regression import RegressionSampler
@@ -154,16 +155,21 @@ class _Run:
         episode = self.episodes.sample()
         self.optimizer.zero_grad()
         total, right = 0.0, []
-        for part in episode.parts(self.learner.tasks_at_once):
+        pieces = self.learner.pieces(episode)
+        while True:
             with fast_autocast(episode.query_x.device):
-                loss, predictions = self.learner.meta_loss(part)
-            loss = loss * (part.tasks / episode.tasks)
+                piece = next(pieces, None)
+            if piece is None:
+                break
+            loss, predictions, targets = piece
             loss.backward()
             total += float(loss.detach())
-            if part.classes is not None:
-                right.append(predictions.argmax(-1) == part.query_y)
+            if episode.classes is not None:
+                right.append(predictions.argmax(-1) == targets)
         if not math.isfinite(total):
             self.stop(f"The loss became {total} at step {self.step + 1}")
+        if self.learner.meta_clip is not None:
+            clip_grad_norm_(self.learner.parameters(), self.learner.meta_clip)
         self.optimizer.step()
         self.schedule.step()
         self.step += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,10 +27,12 @@ class Learner(nn.Module):
         transductive: whether a prediction depends on the other queries of its task.
         tasks_at_once: how many tasks of an episode `meta_train` takes before it runs backward
             (None: all). The sum of the gradients is the same; memory and speed are not.
+        meta_clip: `meta_train` scales meta-gradients down to this norm (None: it does not).
     """
 
     transductive: bool = False
     tasks_at_once: int | None = None
+    meta_clip: float | None = None
 
     def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
         """`task_loss` over all queries of all tasks, a scalar."""
@@ -38,6 +42,15 @@ class Learner(nn.Module):
         """The scalar whose gradient trains the learner, and the predictions for the queries."""
         predictions = self(episode.support_x, episode.support_y, episode.query_x)
         return self.loss(predictions, episode.query_y), predictions
+
+    def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The meta-loss in pieces that add up, each with predictions and what they should be.
+
+        `meta_train` runs backward after each, so that its graph is freed before the next.
+        """
+        for part in episode.parts(self.tasks_at_once):
+            loss, predictions = self.meta_loss(part)
+            yield loss * (part.tasks / episode.tasks), predictions, part.query_y
 
 
 def task_loss(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class MAML(Learner):
             range.
     """
 
+    keeps_statistics = False
+
     def __init__(
         self,
         net: nn.Module,
@@ -49,7 +51,7 @@ class MAML(Learner):
         vectorise: bool | None = None,
     ) -> None:
         super().__init__()
-        _check_norms(net)
+        _check_norms(net, self.keeps_statistics)
         SGD(lr)  # told here, not at the first task
         if steps < 1 or (test_steps is not None and test_steps < 0):
             raise ValueError(f"steps={steps}, test_steps={test_steps}: at least 1 and 0 are needed")
@@ -143,11 +145,11 @@ class FOMAML(MAML):
         super().__init__(net, lr, steps, first_order=True, **options)
 
 
-def _check_norms(net: nn.Module) -> None:
+def _check_norms(net: nn.Module, keeps_statistics: bool) -> None:
     if not any(True for _ in net.parameters()):
         raise ValueError("The network has no parameters, so there is nothing to adapt.")
     for name, layer in net.named_modules():
-        if isinstance(layer, _BatchNorm):
+        if isinstance(layer, _BatchNorm) and not keeps_statistics:
             raise ValueError(
                 f"{name} is {type(layer).__name__}, whose statistics would mix tasks: build the "
                 "network with metautils.nets.BatchNorm, as in Conv4(norm=BatchNorm)."

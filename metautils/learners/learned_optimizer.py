@@ -1,0 +1,213 @@
+"""Learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from metautils.adapt import Adapted, Named, Optimizer, inner_steps
+from metautils.episode import Episode
+from metautils.learners.base import Learner, task_loss
+
+
+class LSTMCell(nn.Module):
+    """`nn.LSTMCell` with the coordinates last, at less than half its time on a CPU.
+
+    Shapes:
+        x `(inputs, n)`, h and c `(hidden, n)`, None at the first step; returns the new h and c.
+    """
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4 * hidden, inputs + hidden))
+        self.bias = nn.Parameter(torch.empty(4 * hidden, 1))
+        for p in self.parameters():
+            nn.init.uniform_(p, -(hidden**-0.5), hidden**-0.5)
+
+    def forward(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One step of the LSTM (Hochreiter and Schmidhuber 1997) with forget gates."""
+        if h is None:
+            h = c = x.new_zeros(len(self.bias) // 4, x.shape[1])
+        i, f, candidate, o = torch.addmm(self.bias, self.weight, torch.cat([x, h])).chunk(4)
+        c = f.sigmoid() * c + i.sigmoid() * candidate.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class LSTMOptimizer(nn.Module):
+    """`phi <- phi + g`, where one small LSTM makes g of every coordinate's own gradient.
+
+    All coordinates share the LSTM's weights theta; each keeps a hidden state of its own. So the
+    optimiser has as many parameters for a network of ten weights as for one of a million.
+
+    Args:
+        hidden: units in each of the two layers.
+        scale: of the output, so that an untrained optimiser makes small steps.
+
+    Raises:
+        ValueError: if hidden or scale is not above 0.
+    """
+
+    def __init__(self, hidden: int = 20, scale: float = 0.1) -> None:
+        super().__init__()
+        if hidden < 1 or scale <= 0:
+            raise ValueError(f"hidden={hidden}, scale={scale}: both must be above 0.")
+        self.first, self.second = LSTMCell(2, hidden), LSTMCell(hidden, hidden)
+        self.output, self.scale = nn.Linear(hidden, 1), scale
+
+    def step(
+        self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
+    ) -> tuple[Named, dict]:
+        """Inner step number `k`, counted from 0: new parameters and state."""
+        inputs = log_sign(coordinates(gradients, k))
+        check_memory(state, inputs.shape[1], k)
+        h1, c1 = self.first(inputs, state.get("h1"), state.get("c1"))
+        h2, c2 = self.second(h1, state.get("h2"), state.get("c2"))
+        update = named(self.scale * self.output(h2.T), phi)
+        new = {name: p + update[name] for name, p in phi.items()}
+        return new, {"h1": h1, "c1": c1, "h2": h2, "c2": c2}
+
+
+class FromScratch(Learner):
+    """Ordinary training as a mapping: a fresh network, some steps of an optimiser, predictions.
+
+    With an optimiser that is a module, meta-training teaches it to train: the meta-loss is the
+    mean over the steps of the losses on the way (equation 3 of the paper with equal weights).
+
+    Args:
+        make: gives a freshly initialised network.
+        optimizer: `LSTMOptimizer`, or a fixed one to compare with.
+        steps: T, the length of a training.
+        truncation: steps through which the meta-gradient runs back; None: through all.
+        batch: support examples in each step, drawn anew; None: all of them.
+        first_order: take the gradients that the optimiser sees as constants, as the paper does.
+
+    Raises:
+        ValueError: if a number is below 1.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        optimizer: Optimizer,
+        steps: int = 100,
+        truncation: int | None = None,
+        batch: int | None = None,
+        *,
+        first_order: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in {"steps": steps, "truncation": truncation, "batch": batch}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        self.make, self.optimizer, self.steps, self.batch = make, optimizer, steps, batch
+        self.truncation, self.first_order = truncation or steps, first_order
+
+    def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+        """Predictions for the queries after `steps` steps on the support set."""
+        path, _ = self.train_networks(support_x, support_y)
+        return next(islice(path, self.steps, None))(query_x)
+
+    def train_networks(
+        self, x: Tensor, y: Tensor
+    ) -> tuple[Iterator[Adapted], Callable[[Adapted], Tensor]]:
+        """The networks of all tasks after 0, 1, 2, ... steps, and the loss of a step, a sum."""
+        tasks, points = y.shape[:2]
+        nets = Copies([self.make() for _ in range(tasks)]).to(x.device)
+        rows = None
+        if self.batch is not None:
+            rows = torch.randint(points, (self.steps + 1, self.batch)).to(x.device)
+
+        def loss(f: Adapted) -> Tensor:
+            these = slice(None) if rows is None else rows[f.k]
+            predictions, targets = f(x[:, these]), y[:, these]
+            return tasks * task_loss(predictions.flatten(0, 1), targets.flatten(0, 1))
+
+        path = inner_steps(nets, loss, self.optimizer, first_order=self.first_order)
+        return path, loss
+
+    def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The meta-loss of every `truncation` steps, cut off from the steps before."""
+        with torch.autocast(episode.query_x.device.type, enabled=False):
+            path, loss = self.train_networks(episode.support_x, episode.support_y)
+            next(path)
+            total = 0.0
+            for f in islice(path, self.steps):
+                total = total + loss(f)
+                if f.k % self.truncation == 0 or f.k == self.steps:
+                    with torch.no_grad():
+                        predictions = f(episode.query_x)
+                    yield total / (self.steps * episode.tasks), predictions, episode.query_y
+                    f.detach_()
+                    total = 0.0
+
+
+class Copies(nn.Module):
+    """Networks of one shape as one module: parameters `(copies, ...)`, inputs `(copies, n, ...)`.
+
+    Args:
+        nets: without buffers.
+    """
+
+    def __init__(self, nets: list[nn.Module]) -> None:
+        super().__init__()
+        self.nets = copy.deepcopy(nets[0])
+        stacked, _ = stack_module_state(nets)
+        for name, p in self.nets.named_parameters():
+            p.data = stacked[name].detach()
+        self._one = [nets[0]]  # in a list, so that its parameters are not this module's
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each network's output for its own inputs."""
+        one = self._one[0]
+        parameters = dict(self.nets.named_parameters())
+        return torch.vmap(lambda p, x: functional_call(one, p, (x,)))(parameters, x)
+
+
+def log_sign(x: Tensor, p: float = 10.0) -> Tensor:
+    """`(log|x| / p, sign x)` where `|x| >= exp(-p)`, else `(-1, exp(p) x)`: appendix A, p = 10.
+
+    Gradients of all magnitudes become numbers of about 1.
+
+    Shapes:
+        `(n,)` to `(2, n)`.
+    """
+    large = x.abs() >= torch.exp(torch.tensor(-p))
+    safe = torch.where(large, x, 1.0)
+    size = torch.where(large, safe.abs().log() / p, -1.0)
+    return torch.stack([size, torch.where(large, x.sign(), torch.e**p * x)])
+
+
+def coordinates(tensors: Named, k: int | None = None) -> Tensor:
+    """All entries of all tensors in one row, `(n,)`.
+
+    Raises:
+        FloatingPointError: given the number of the step, if an entry is not finite.
+    """
+    row = torch.cat([x.flatten() for x in tensors.values()])
+    if k is not None and not bool(row.detach().isfinite().all()):
+        names = ", ".join(n for n, x in tensors.items() if not bool(x.detach().isfinite().all()))
+        raise FloatingPointError(
+            f"The inner gradient of {names} is not finite at inner step {k + 1}: take fewer "
+            "steps, clip it (clip=...), or scale the inputs down."
+        )
+    return row
+
+
+def named(row: Tensor, like: Named) -> Named:
+    """The inverse of `coordinates`: a row cut up into tensors of these names and shapes."""
+    parts = row.flatten().split([x.numel() for x in like.values()])
+    return {n: part.view(x.shape) for (n, x), part in zip(like.items(), parts, strict=True)}
+
+
+def check_memory(state: dict, count: int, k: int) -> None:
+    """Tell when the optimiser remembers another number of coordinates than it is given."""
+    if state and state["h1"].shape[1] != count:
+        raise ValueError(
+            f"The optimiser remembers {state['h1'].shape[1]} coordinates but is given {count} at "
+            f"inner step {k + 1}: parameters must not be added or removed between steps."
+        )

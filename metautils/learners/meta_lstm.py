@@ -1,0 +1,112 @@
+"""Optimization as a model for few-shot learning (Ravi and Larochelle 2017): the Meta-LSTM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metautils.adapt import Adapted, Named
+from metautils.learners.learned_optimizer import (
+    LSTMCell,
+    check_memory,
+    coordinates,
+    log_sign,
+    named,
+)
+from metautils.learners.maml import MAML
+
+
+class MetaLSTMCell(nn.Module):
+    """`c_t = f_t * c_(t-1) + i_t * c~_t`, whose cell state c is phi and c~ minus the gradient.
+
+    The gates are learned, and shared by all coordinates. With f = 1 and i = alpha this is
+    gradient descent.
+
+    Args:
+        hidden: units of the ordinary LSTM below, which sees gradients and loss.
+    """
+
+    def __init__(self, hidden: int = 20) -> None:
+        super().__init__()
+        self.first = LSTMCell(4, hidden)
+        self.W_F, self.W_I = (nn.Parameter(torch.empty(hidden + 2)) for _ in range(2))
+        for p in self.parameters():
+            nn.init.uniform_(p, -0.01, 0.01)
+        # f near 1 and i near 0: it starts as gradient descent with small steps.
+        self.b_F = nn.Parameter(torch.empty(1).uniform_(4, 6))
+        self.b_I = nn.Parameter(torch.empty(1).uniform_(-5, -4))
+
+    def step(
+        self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
+    ) -> tuple[Named, dict]:
+        """Inner step number `k`, counted from 0: new parameters and state."""
+        g, c = coordinates(gradients, k), coordinates(phi)
+        check_memory(state, len(g), k)
+        seen = torch.cat([log_sign(g), log_sign(loss[None]).expand(2, len(g))])
+        h1, c1 = self.first(seen, state.get("h1"), state.get("c1"))
+        zeros = torch.zeros_like(g)
+        f = _gate(self.W_F, self.b_F, h1, c, state.get("f", zeros))
+        i = _gate(self.W_I, self.b_I, h1, c, state.get("i", zeros))
+        new = f * c - i * g
+        return named(new, phi), {"h1": h1, "c1": c1, "f": f, "i": i}
+
+
+class MetaLSTM(MAML):
+    """Learn the start, as MAML does, and with it the rule that makes every step.
+
+    `net` holds c_0, the cell's initial state. As in the paper, gradients and losses enter the cell
+    as constants, meta-gradients are scaled down to a norm of 0.25, and with `nn.BatchNorm2d` in
+    the network queries are normalised by their own batch in training and, when tested, by the
+    running averages of their task's inner steps. A `momentum` near 1 lets these forget the start.
+
+    Args:
+        net: its outputs are the logits of all ways; see `MAML`.
+        steps: T, in training and testing.
+        hidden: as in `MetaLSTMCell`.
+        clip: inner gradients are scaled down to this norm, so that a bad step cannot run away.
+        first_order: as the paper. If False the meta-gradient goes through gradients and losses
+            too, which torch's batch normalisation allows at several times the cost.
+
+    Raises:
+        ValueError: as `MAML`.
+        FloatingPointError: if an inner gradient is not finite; tells the step.
+    """
+
+    keeps_statistics = True
+    meta_clip = 0.25
+
+    def __init__(
+        self,
+        net: nn.Module,
+        steps: int = 5,
+        hidden: int = 20,
+        clip: float = 10.0,
+        first_order: bool = True,
+    ) -> None:
+        super().__init__(net, steps=steps, first_order=first_order, vectorise=False)
+        self.options["clip"], self.cell = clip, MetaLSTMCell(hidden)
+
+    def optimizer(self) -> MetaLSTMCell:
+        """The learned one."""
+        return self.cell
+
+    def train(self, mode: bool = True) -> MetaLSTM:
+        """Set the mode of the learner; inner steps always normalise by their own batch."""
+        super().train(mode)
+        self.net.train()
+        return self
+
+    def _predict(self, f: Adapted, support_x: Tensor, queries: Tensor) -> Tensor:
+        self.net.train(self.training)  # a test's queries must not see one another
+        predictions = f(queries)
+        self.net.train()
+        return predictions
+
+    def extra_repr(self) -> str:
+        """The settings, so that a checkpoint knows its learner."""
+        told = {"steps": self.steps, "hidden": len(self.cell.W_F) - 2} | self.options
+        return ", ".join(f"{name}={value}" for name, value in told.items())
+
+
+def _gate(W: Tensor, b: Tensor, h: Tensor, c: Tensor, before: Tensor) -> Tensor:
+    return (W[:-2] @ h + W[-2] * c + W[-1] * before + b).sigmoid()
