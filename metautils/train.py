@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from metautils.data.quadratics import QuadraticSampler
 from metautils.data.regression import RegressionSampler
 from metautils.evaluate import episode_accuracy
 from metautils.files import DataError, load_safely, save_atomically
@@ -21,6 +22,7 @@ from metautils.precision import fast_autocast
 from metautils.sampling import EpisodeSampler
 
 CHECKPOINT = "checkpoint.pt"
+Sampler = EpisodeSampler | RegressionSampler | QuadraticSampler
 
 
 class CheckpointMismatch(ValueError):
@@ -46,7 +48,7 @@ class History:
 
 def meta_train(
     learner: Learner,
-    episodes: EpisodeSampler | RegressionSampler,
+    episodes: Sampler,
     steps: int,
     lr: float = 1e-3,
     validation: EpisodeSampler | None = None,
@@ -132,7 +134,7 @@ class _Run:
     def __init__(
         self,
         learner: Learner,
-        episodes: EpisodeSampler | RegressionSampler,
+        episodes: Sampler,
         validation: EpisodeSampler | None,
         steps: int,
         lr: float,
@@ -153,7 +155,6 @@ class _Run:
     def advance(self) -> None:
         """One update from one episode."""
         episode = self.episodes.sample()
-        self.optimizer.zero_grad()
         total, right = 0.0, []
         pieces = self.learner.pieces(episode)
         while True:
@@ -166,16 +167,24 @@ class _Run:
             total += float(loss.detach())
             if episode.classes is not None:
                 right.append(predictions.argmax(-1) == targets)
-        if not math.isfinite(total):
-            self.stop(f"The loss became {total} at step {self.step + 1}")
-        if self.learner.meta_clip is not None:
-            clip_grad_norm_(self.learner.parameters(), self.learner.meta_clip)
-        self.optimizer.step()
+            if self.learner.update_each_piece:
+                self.update(total)
+        if not self.learner.update_each_piece:
+            self.update(total)
         self.schedule.step()
         self.step += 1
         self.history.loss.append(total)
         if right:
             self.history.accuracy.append(100 * float(torch.cat(right).float().mean()))
+
+    def update(self, loss: float) -> None:
+        """Let Adam take a step along the gradients that have come together."""
+        if not math.isfinite(loss):
+            self.stop(f"The loss became {loss} at step {self.step + 1}")
+        if self.learner.meta_clip is not None:
+            clip_grad_norm_(self.learner.parameters(), self.learner.meta_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def checkpoint(self, validation_episodes: int) -> None:
         """Validate, remember the best weights, write everything down."""

@@ -27,11 +27,14 @@ class Learner(nn.Module):
         transductive: whether a prediction depends on the other queries of its task.
         tasks_at_once: how many tasks of an episode `meta_train` takes before it runs backward
             (None: all). The sum of the gradients is the same; memory and speed are not.
+        update_each_piece: whether `meta_train` takes a step after each of the `pieces`, not after
+            the last only.
         meta_clip: `meta_train` scales meta-gradients down to this norm (None: it does not).
     """
 
     transductive: bool = False
     tasks_at_once: int | None = None
+    update_each_piece: bool = False
     meta_clip: float | None = None
 
     def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:

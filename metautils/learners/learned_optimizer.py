@@ -76,7 +76,8 @@ class FromScratch(Learner):
     """Ordinary training as a mapping: a fresh network, some steps of an optimiser, predictions.
 
     With an optimiser that is a module, meta-training teaches it to train: the meta-loss is the
-    mean over the steps of the losses on the way (equation 3 of the paper with equal weights).
+    mean over the steps of the losses on the way (equation 3 of the paper with equal weights). As
+    in the paper the optimiser is updated after every `truncation` steps.
 
     Args:
         make: gives a freshly initialised network.
@@ -89,6 +90,9 @@ class FromScratch(Learner):
     Raises:
         ValueError: if a number is below 1.
     """
+
+    update_each_piece = True
+    meta_clip = 1.0
 
     def __init__(
         self,
@@ -124,11 +128,21 @@ class FromScratch(Learner):
 
         def loss(f: Adapted) -> Tensor:
             these = slice(None) if rows is None else rows[f.k]
-            predictions, targets = f(x[:, these]), y[:, these]
-            return tasks * task_loss(predictions.flatten(0, 1), targets.flatten(0, 1))
+            return _each_loss(f(x[:, these]), y[:, these]).sum()
 
         path = inner_steps(nets, loss, self.optimizer, first_order=self.first_order)
         return path, loss
+
+    @torch.no_grad()
+    def losses(self, support_x: Tensor, support_y: Tensor) -> Tensor:
+        """Losses of a training after 0, 1, ... `steps` steps, `(tasks, steps + 1)`.
+
+        On the whole support set, also where the steps see only a part of it.
+        """
+        path, _ = self.train_networks(support_x, support_y)
+        return torch.stack(
+            [_each_loss(f(support_x), support_y) for f in islice(path, self.steps + 1)], 1
+        )
 
     def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The meta-loss of every `truncation` steps, cut off from the steps before."""
@@ -144,6 +158,10 @@ class FromScratch(Learner):
                     yield total / (self.steps * episode.tasks), predictions, episode.query_y
                     f.detach_()
                     total = 0.0
+
+
+def _each_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    return torch.vmap(task_loss)(predictions, targets)
 
 
 class Copies(nn.Module):
@@ -192,8 +210,9 @@ def coordinates(tensors: Named, k: int | None = None) -> Tensor:
     if k is not None and not bool(row.detach().isfinite().all()):
         names = ", ".join(n for n, x in tensors.items() if not bool(x.detach().isfinite().all()))
         raise FloatingPointError(
-            f"The inner gradient of {names} is not finite at inner step {k + 1}: take fewer "
-            "steps, clip it (clip=...), or scale the inputs down."
+            f"The inner gradient of {names} is not finite at inner step {k + 1} of the unroll: "
+            "the steps before it were too large. Make fewer of them, clip the gradient "
+            "(clip=...), or look for bad values in the inputs."
         )
     return row
 
