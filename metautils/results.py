@@ -23,6 +23,7 @@ TITLES = {  # a method's name in tables
     "anil": "ANIL",
     "meta_sgd": "Meta-SGD",
     "reptile": "Reptile",
+    "meta_lstm": "Meta-LSTM",
 }
 
 
@@ -180,6 +181,10 @@ def page() -> str:
               r["seed"], r["steps"], r["minutes"], f"{r['device']}, {r['threads']} threads",
               r["torch"], f"`{r['commit']}`"] for k, r in found.items()],
         ),
+        "## Learned optimisers",
+        *map(_measured, sorted(folder().glob("optimizer_*.json"))),
+        "## Fine-tuning",
+        *map(_measured, sorted(folder().glob("finetune_*.json"))),
         "## Inside the networks",
         *map(_measured, sorted(folder().glob("inside_*.json"))),
         "## Speed",

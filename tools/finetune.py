@@ -25,7 +25,7 @@ from metautils.evaluate import evaluate
 from metautils.learners.meta_lstm import MetaLSTM
 from metautils.nets import Conv4, classifier
 
-SEED, STEPS, BATCH, WAYS = 0, 12000, 128, 5
+SEED, STEPS, BATCH, WAYS = 0, 6000, 128, 5
 RATES, AFTER = (0.01, 0.03, 0.1, 0.3, 1.0), (10, 50)
 
 

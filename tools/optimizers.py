@@ -21,7 +21,7 @@ from metautils.data import digits
 from metautils.data.quadratics import QuadraticSampler
 from metautils.evaluate import interval95
 from metautils.files import save_atomically
-from metautils.learners.learned_optimizer import FromScratch, LSTMOptimizer
+from metautils.learners.learned_optimizer import FLOOR, FromScratch, LSTMOptimizer
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
 
@@ -39,94 +39,98 @@ RATES = [10 ** (k / 8) for k in range(-24, 9)]  # 0.001 to 10, each a third abov
 class Problems:
     """What is optimised: networks, tasks, and how long the optimiser is taught on them."""
 
-    make: object  # from a width to a fresh network
+    make: object  # gives a fresh network
     sample: object  # from a number of tasks and a seed to a sampler
     unrolls: int
     tasks: int
     lr: float
     held_out: int
-    batch: int | None = None
-    widths: tuple[int, ...] = (20,)
+    batch: int | None
+    variants: dict  # other trainings, held out: title to steps, network, sampler
 
 
-def point(width):
+def point():
     net = nn.Linear(10, 1, bias=False)
     nn.init.normal_(net.weight)
     return net
 
 
-def network(width, activation=nn.Sigmoid):
-    layers = nn.Linear(49, width), activation(), nn.Linear(width, 10)
+def network(width=20):
+    layers = nn.Linear(49, width), nn.Sigmoid(), nn.Linear(width, 10)
     return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), *layers)
+
+
+def quadratics(tasks, seed, spread=1.0):
+    return QuadraticSampler(10, tasks, spread, seed)
+
+
+def classify(tasks, seed):
+    return EpisodeSampler(digits.load().test, 10, 140, 30, tasks, seed=seed)
 
 
 PROBLEMS = {
     "quadratics": Problems(
-        point, lambda tasks, seed: QuadraticSampler(10, tasks, seed), 4000, 16, 1e-2, 200
+        point, quadratics, 2500, 16, 1e-2, 200, None,
+        {"100 steps": (100, point, quadratics), "200 steps": (200, point, quadratics),
+         "100 steps, all scales equal": (100, point, partial(quadratics, spread=0.0))},
     ),
     "digits": Problems(
-        network,
-        lambda tasks, seed: EpisodeSampler(digits.load().test, 10, 140, 30, tasks, seed=seed),
-        600, 2, 1e-2, 40, batch=128, widths=(20, 40),
+        network, classify, 500, 2, 1e-2, 40, 128,
+        {"100 steps": (100, network, classify), "200 steps": (200, network, classify),
+         "100 steps, 40 units": (100, partial(network, 40), classify)},
     ),
 }  # fmt: skip
 
 
-def final_losses(optimizer, episode, steps=STEPS, width=20):
+def final_losses(optimizer, seed, steps, make, sample):
     """Loss after the last step of each task; every optimiser meets the same starts."""
-    torch.manual_seed(SEED + 1)
-    learner = FromScratch(partial(problems.make, width), optimizer, steps, batch=problems.batch)
-    try:
-        return learner.losses(episode.support_x, episode.support_y)[:, -1]
-    except FloatingPointError:
-        return torch.full((len(episode.support_y),), math.inf)
+    episode = sample(problems.held_out, seed).sample()
+    torch.manual_seed(seed)
+    learner = FromScratch(make, optimizer, steps, batch=problems.batch)
+    return learner.losses(episode.support_x, episode.support_y)[:, -1]
 
 
-def tuned(make, episode):
+def tuned(make, *variant):
     """The rate whose mean final loss on the training problems is lowest."""
-    means = {lr: float(final_losses(make(lr), episode).mean()) for lr in RATES}
+    means = {lr: float(final_losses(make(lr), SEED + 2, *variant).mean()) for lr in RATES}
     return min(means, key=lambda lr: means[lr] if math.isfinite(means[lr]) else math.inf)
 
 
-def row(name, optimizer, learned, told):
-    cells = [name, told]
-    for steps, width in settings:
-        mine = final_losses(optimizer, held_out, steps, width)
-        ratio = (mine.log() - final_losses(learned, held_out, steps, width).log()).double()
-        typical, half = float(ratio.mean().exp()), math.exp(interval95(ratio))
-        cells += [
-            f"{mine.mean():.4f} ± {interval95(mine):.4f}",
-            f"{typical:.1f} ({typical / half:.1f} to {typical * half:.1f})",
-        ]
-    return cells
+def table(title, variant):
+    """Everybody on the held-out problems; fixed optimisers tuned for this variant."""
+    optimizers = {"learned": learned}
+    rates = {name: tuned(make, *variant) for name, make in FIXED.items()}
+    optimizers |= {name: FIXED[name](lr) for name, lr in rates.items()}
+    ends = {name: final_losses(each, 99, *variant) for name, each in optimizers.items()}
+    rows = []
+    for name, end in ends.items():
+        ratio = ((end + FLOOR) / (ends["learned"] + FLOOR)).log().double()
+        typical, half = ratio.mean(), interval95(ratio)
+        low, middle, high = (f"{float((typical + s * half).exp()):.2g}" for s in (-1, 0, 1))
+        told = f"{middle} ({low} to {high})" if name != "learned" else ""
+        rate = f"{rates[name]:.3g}" if name in rates else ""
+        rows.append([name, rate, f"{end.mean():.4f} ± {interval95(end):.4f}", told])
+    heads = ["Optimiser", "Rate", "Loss at the end", "Times the learned one's, typically"]
+    return {"title": title, "heads": heads, "rows": rows}
 
 
 name = sys.argv[1]
 problems = PROBLEMS[name]
-settings = [(steps, width) for width in problems.widths for steps in (STEPS, 2 * STEPS)]
 made = results.provenance(torch.device("cpu"))
 torch.manual_seed(SEED)
 learned = LSTMOptimizer()
-learner = FromScratch(partial(problems.make, 20), learned, STEPS, TRUNCATION, batch=problems.batch)
+learner = FromScratch(problems.make, learned, STEPS, TRUNCATION, batch=problems.batch)
 history = meta_train(
     learner, problems.sample(problems.tasks, SEED), problems.unrolls, problems.lr, every=50,
     out=Path("runs") / f"optimizer_{name}",
 )  # fmt: skip
 save_atomically(learned.state_dict(), results.folder() / f"optimizer_{name}.pt")
-training, held_out = (problems.sample(problems.held_out, seed).sample() for seed in (SEED + 2, 99))
-rates = {each: tuned(make, training) for each, make in FIXED.items()}
-rows = [row("learned", learned, learned, "")]
-rows += [row(each, FIXED[each](lr), learned, f"{lr:.3g}") for each, lr in rates.items()]
-heads = ["Optimiser", "Rate"]
-for steps, width in settings:
-    what = f"{steps} steps" + (f", {width} units" if len(problems.widths) > 1 else "")
-    heads += [f"Loss after {what}", "as a multiple"]
 record = {
     "what": f"An optimiser learned on {name}, {problems.held_out} held-out problems",
-    "tables": [{"title": "Loss at the end", "heads": heads, "rows": rows}],
+    "tables": [table(title, variant) for title, variant in problems.variants.items()],
     "unrolls": problems.unrolls, "tasks": problems.tasks, "seed": SEED,
     "minutes": round(history.seconds / 60, 2), **made,
 }  # fmt: skip
 path = results.folder() / f"optimizer_{name}.json"
 path.write_text(json.dumps(record, indent=1) + "\n")
-print(results.tables(f"optimizer_{name}")["Loss at the end"])
+print(*(f"{title}\n{each}\n" for title, each in results.tables(f"optimizer_{name}").items()))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from metautils.episode import Episode
 
@@ -15,42 +16,54 @@ class QuadraticSampler:
 
     A model of d numbers phi that gives W phi has this as its mean squared error. The query set is
     the support set: the task is to minimise, not to generalise. Entries of W and y are standard
-    normal (section 3.1 of Andrychowicz et al. 2016).
+    normal (section 3.1 of Andrychowicz et al. 2016). Then every column of W, and W as a whole, is
+    multiplied by a factor of its own, for in a network coordinates and losses differ in scale.
 
     Args:
         dimensions: d.
         tasks: tasks in one episode.
+        spread: the factors' range in powers of ten: with 1 they run from `10**-0.5` to `10**0.5`,
+            uniform in the logarithm; with 0 all are 1, as in the paper.
         seed: of a generator of its own on the CPU, as in `EpisodeSampler`.
         device: where the episodes are to lie.
 
     Raises:
-        ValueError: if dimensions or tasks is below 1.
+        ValueError: if dimensions or tasks is below 1, or spread below 0.
     """
 
     def __init__(
         self,
         dimensions: int = 10,
         tasks: int = 16,
+        spread: float = 1.0,
         seed: int = 0,
         device: str | torch.device = "cpu",
     ) -> None:
-        if min(dimensions, tasks) < 1:
-            raise ValueError(f"dimensions={dimensions}, tasks={tasks}: both must be at least 1.")
-        self.dimensions, self.tasks, self.device = dimensions, tasks, device
+        if min(dimensions, tasks) < 1 or spread < 0:
+            raise ValueError(
+                f"dimensions={dimensions}, tasks={tasks}, spread={spread}: at least 1, 1 and 0 are "
+                "needed."
+            )
+        self.dimensions, self.tasks, self.spread, self.device = dimensions, tasks, spread, device
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What tells these episodes from others, but for the state of the generator."""
         own = {"seed": self.generator.initial_seed(), "family": "quadratics"}
-        return own | {"dimensions": self.dimensions, "tasks": self.tasks}
+        return own | {name: getattr(self, name) for name in ("dimensions", "tasks", "spread")}
 
     def sample(self) -> Episode:
         """Draw the next episode: inputs `(tasks, d, d)`, targets `(tasks, d, 1)`."""
         d = self.dimensions
         w, y = torch.randn(self.tasks, d, d + 1, generator=self.generator).split([d, 1], -1)
-        w, y = w.to(self.device), y.to(self.device)
+        w = (w * self._factors(d) * self._factors(1)).to(self.device)
+        y = y.to(self.device)
         return Episode(w, y, w, y)
+
+    def _factors(self, count: int) -> Tensor:
+        uniform = torch.rand(self.tasks, 1, count, generator=self.generator)
+        return 10 ** (self.spread * (uniform - 0.5))
 
     def __iter__(self) -> Iterator[Episode]:
         while True:

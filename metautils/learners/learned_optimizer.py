@@ -14,6 +14,8 @@ from metautils.adapt import Adapted, Named, Optimizer, inner_steps
 from metautils.episode import Episode
 from metautils.learners.base import Learner, task_loss
 
+FLOOR = 1e-8  # a loss this small is small enough: below it, the logarithm rewards nothing more
+
 
 class LSTMCell(nn.Module):
     """`nn.LSTMCell` with the coordinates last, at less than half its time on a CPU.
@@ -75,9 +77,10 @@ class LSTMOptimizer(nn.Module):
 class FromScratch(Learner):
     """Ordinary training as a mapping: a fresh network, some steps of an optimiser, predictions.
 
-    With an optimiser that is a module, meta-training teaches it to train: the meta-loss is the
-    mean over the steps of the losses on the way (equation 3 of the paper with equal weights). As
-    in the paper the optimiser is updated after every `truncation` steps.
+    With an optimiser that is a module, meta-training teaches it to train. The meta-loss is the mean
+    over all steps of the *logarithm* of the loss: equation 3 of the paper, which has the loss
+    itself there, is about the first steps only where losses fall by powers of ten. As in the paper
+    the optimiser is updated after every `truncation` steps.
 
     Args:
         make: gives a freshly initialised network.
@@ -119,7 +122,7 @@ class FromScratch(Learner):
     def train_networks(
         self, x: Tensor, y: Tensor
     ) -> tuple[Iterator[Adapted], Callable[[Adapted], Tensor]]:
-        """The networks of all tasks after 0, 1, 2, ... steps, and the loss of a step, a sum."""
+        """The networks of all tasks after 0, 1, 2, ... steps, and their losses there `(tasks,)`."""
         tasks, points = y.shape[:2]
         nets = Copies([self.make() for _ in range(tasks)]).to(x.device)
         rows = None
@@ -128,10 +131,10 @@ class FromScratch(Learner):
 
         def loss(f: Adapted) -> Tensor:
             these = slice(None) if rows is None else rows[f.k]
-            return _each_loss(f(x[:, these]), y[:, these]).sum()
+            return _each_loss(f(x[:, these]), y[:, these])
 
-        path = inner_steps(nets, loss, self.optimizer, first_order=self.first_order)
-        return path, loss
+        options = {"first_order": self.first_order}
+        return inner_steps(nets, lambda f: loss(f).sum(), self.optimizer, **options), loss
 
     @torch.no_grad()
     def losses(self, support_x: Tensor, support_y: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ class FromScratch(Learner):
             next(path)
             total = 0.0
             for f in islice(path, self.steps):
-                total = total + loss(f)
+                total = total + (loss(f) + FLOOR).log().sum()
                 if f.k % self.truncation == 0 or f.k == self.steps:
                     with torch.no_grad():
                         predictions = f(episode.query_x)
