@@ -75,7 +75,7 @@ PROBLEMS = {
          "100 steps, all scales equal": (100, point, partial(quadratics, spread=0.0))},
     ),
     "digits": Problems(
-        network, classify, 500, 2, 1e-2, 40, 128,
+        network, classify, 400, 2, 3e-3, 40, 128,
         {"100 steps": (100, network, classify), "200 steps": (200, network, classify),
          "100 steps, 40 units": (100, partial(network, 40), classify)},
     ),
