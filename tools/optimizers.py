@@ -32,7 +32,7 @@ FIXED = {
     "RMSprop": partial(Adam, betas=(0.0, 0.99)),
     "Adam": Adam,
 }
-RATES = [10 ** (k / 8) for k in range(-24, 9)]  # 0.001 to 10, each a third above the last
+RATES = [10 ** (k / 6) for k in range(-15, 7)]  # 0.003 to 10, each a half above the last
 
 
 @dataclass
@@ -75,7 +75,7 @@ PROBLEMS = {
          "100 steps, all scales equal": (100, point, partial(quadratics, spread=0.0))},
     ),
     "digits": Problems(
-        network, classify, 400, 2, 3e-3, 40, 128,
+        network, classify, 400, 2, 3e-3, 20, 128,
         {"100 steps": (100, network, classify), "200 steps": (200, network, classify),
          "100 steps, 40 units": (100, partial(network, 40), classify)},
     ),
