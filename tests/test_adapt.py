@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
+from metautils.learners.learned_optimizer import LSTMOptimizer
 from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, mlp
 
 OPTIMIZERS = {
@@ -739,3 +740,136 @@ def test_rate_of_a_parameter_is_missing():
 
 def test_rates_for_too_few_steps():
     refused("^There are rates for 2 steps, but this is step 3", steps=3, optimizer=SGD([0.1, 0.2]))
+
+
+# Cutting the way back
+
+
+def tensors_in(x):
+    return [x] if isinstance(x, torch.Tensor) else [t for v in x.values() for t in tensors_in(v)]
+
+
+def any_optimizer(kind):
+    torch.manual_seed(0)
+    return LSTMOptimizer(4).double() if kind == "learned" else ours(kind)
+
+
+WITH_LEARNED = pytest.mark.parametrize("kind", [*OPTIMIZERS, "learned"])
+
+
+@WITH_LEARNED
+@pytest.mark.parametrize("cut", [0, 2])
+def test_detached_path_has_the_same_values_and_no_way_back(kind, cut):
+    net, (x, y, *_) = small_mlp(), curve()
+    optimizer, theta = any_optimizer(kind), list(net.parameters())
+    whole = list(islice(inner_steps(net, fit(x, y), optimizer), 5))
+    path = []
+    for f in islice(inner_steps(net, fit(x, y), optimizer), 5):
+        path.append(f)
+        if f.k == cut:
+            f.detach_()
+            kept = tensors_in(f.parameters) + tensors_in(f.state)
+            assert not any(t.requires_grad for t in kept)
+    for f, other in zip(path, whole, strict=True):
+        for mine, expected in ((f.parameters, other.parameters), (f.state, other.state)):
+            pairs = zip(tensors_in(mine), tensors_in(expected), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert gradient(fit(x, y)(whole[4]), theta).any()
+    assert all(p.requires_grad for p in theta)
+    end = fit(x, y)(path[4])
+    assert end.requires_grad == (kind == "learned")  # its own weights are still learned
+    if kind == "learned":
+        found = gradient(end, [*theta, *optimizer.parameters()])
+        count = len(flat(theta))
+        assert not found[:count].any()
+        assert found[count:].any()
+
+
+@WITH_LEARNED
+def test_what_came_before_a_cut_still_leads_back(kind):
+    net, (x, y, *_) = small_mlp(), curve()
+    f, other = (adapt(net, fit(x, y), any_optimizer(kind), 2) for _ in range(2))
+    before = fit(x, y)(f)
+    f.detach_()
+    expected = gradient(fit(x, y)(other), list(net.parameters()))
+    assert torch.equal(gradient(before, list(net.parameters())), expected)
+    assert expected.any()
+
+
+def test_gradient_of_a_rate_after_a_cut_is_that_of_the_last_step():
+    """phi_3 = phi_2 - alpha g(phi_2), in which phi_2 is a constant."""
+    net, (x, y, qx, qy) = small_mlp(), curve()
+    alpha = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    path = inner_steps(net, fit(x, y), SGD(alpha))
+    f = next(islice(path, 2, None))
+    f.detach_()
+    there = copy.deepcopy(net)
+    there.load_state_dict(f.parameters)
+    (found,) = torch.autograd.grad(fit(qx, qy)(next(path)), [alpha])
+    here = gradient(fit(x, y)(there), list(there.parameters()))
+    end = adapt(there, fit(x, y), SGD(0.1), first_order=True)
+    after = gradient(fit(qx, qy)(end), list(there.parameters()))
+    torch.testing.assert_close(found, -here @ after, rtol=1e-10, atol=1e-12)
+
+
+def test_steps_are_counted():
+    """In what is yielded and in what the inner loss is given."""
+    net, (x, y, *_), seen = small_mlp(), curve(), []
+
+    def loss(f):
+        seen.append(f.k)
+        return fit(x, y)(f)
+
+    path = inner_steps(net, loss, SGD(0.1))
+    assert [f.k for f in islice(path, 4)] == [0, 1, 2, 3]
+    assert seen == [0, 1, 2]
+    assert adapt(net, loss, SGD(0.1), 5).k == 5
+
+
+# A module that changes on the way
+
+
+def replaced(net):
+    net.head = nn.Linear(8, 2).double()
+
+
+def added(net):
+    net.embed.register_parameter("extra", nn.Parameter(torch.ones(3).double()))
+
+
+def deleted(net):
+    net.head.bias = None
+
+
+@WITH_LEARNED
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (replaced, r"'head\.weight' has shape \(2, 8\), at the first it was \(1, 8\)"),
+        (added, r"'embed\.extra' has shape \(3,\), at the first it was None"),
+        (deleted, r"'head\.bias' has shape None, at the first it was \(1,\)"),
+    ],
+)
+@pytest.mark.parametrize("k", [0, 2])
+def test_change_of_the_parameters_between_steps_is_refused(kind, change, told, k):
+    net, (x, y, *_) = small_mlp(), curve()
+    path = inner_steps(net, fit(x, y), any_optimizer(kind))
+    next(islice(path, k, None))
+    change(net)
+    after = state_of(net)
+    sentence = rf"^Before inner step {k + 1} the module's {told} \(None: missing\): build the whole"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        next(path)
+    assert "\n" not in str(caught.value)
+    assert untouched(net, after)
+
+
+def test_layer_replaced_by_one_of_the_same_shape_changes_nothing():
+    """The steps go on from phi, which has its own parameters."""
+    net, (x, y, *_) = small_mlp(), curve()
+    expected = adapt(net, fit(x, y), SGD(0.1), 3)
+    path = inner_steps(net, fit(x, y), SGD(0.1))
+    next(path)
+    net.head = nn.Linear(8, 1).double()
+    found = next(islice(path, 2, None))
+    assert torch.equal(flat(found.parameters.values()), flat(expected.parameters.values()))

@@ -505,3 +505,78 @@ def test_history_is_plain_values(tmp_path):
     assert len(history.validation) == STEPS // EVERY
     assert History() == History([], [], [], 0.0)
     assert os.listdir(tmp_path) == [CHECKPOINT]
+
+
+# Pieces and updates
+
+
+class Weighed(Line):
+    """Tasks one by one; the gradient of each is far above 1."""
+
+    tasks_at_once = 1
+
+    def loss(self, predictions, query_y):
+        return 100 * super().loss(predictions, query_y)
+
+
+def updates(monkeypatch, episodes=4, **attributes):
+    """Rate and gradient at every step of Adam, and the history."""
+    learner, seen, step = Weighed(), [], torch.optim.Adam.step
+    for name, value in attributes.items():
+        setattr(learner, name, value)
+
+    def noted(self, *arguments, **named):
+        seen.append((self.param_groups[0]["lr"], learner.theta.grad.item()))
+        return step(self, *arguments, **named)
+
+    doubled = Family("doubled", 1, ((2.0, 2.0),), lambda x, a: a * x[..., 0])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", noted)
+        history = meta_train(
+            learner, RegressionSampler(doubled, 2, tasks=3), episodes, lr=0.1, progress=False
+        )
+    return seen, history
+
+
+def test_update_once_an_episode_or_after_each_piece(monkeypatch):
+    """With one rate of the cosine for all pieces of an episode."""
+    once, history = updates(monkeypatch)
+    each, pieces = updates(monkeypatch, update_each_piece=True)
+    assert (len(once), len(each)) == (4, 12)
+    cosine = [0.05 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
+    assert [rate for rate, _ in once] == pytest.approx(cosine)
+    assert [rate for rate, _ in each] == pytest.approx([r for r in cosine for _ in range(3)])
+    assert len(history.loss) == len(pieces.loss) == 4
+    # The same start: at the first episode the first piece is a share of the whole, and
+    # after it theta has moved towards 2, which makes the other two smaller.
+    assert 0 > each[0][1] > once[0][1]
+    assert pieces.loss[0] < history.loss[0]
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_loss_of_an_episode_is_that_of_all_its_pieces(monkeypatch, each):
+    """While theta stays at 0 both ways of updating see the same pieces, each of them once."""
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *arguments, **named: None)
+    seen, history = updates(monkeypatch, 1, update_each_piece=each)
+    whole, expected = updates(monkeypatch, 1, tasks_at_once=None)
+    assert history.loss == pytest.approx(expected.loss)
+    assert sum(slope for _, slope in seen) == pytest.approx(whole[0][1])
+
+
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("clip", [0.5, 1e6])
+def test_meta_clip_bounds_the_gradient_that_adam_sees(monkeypatch, each, clip):
+    """And leaves what is below it, as None leaves all."""
+    free, _ = updates(monkeypatch, update_each_piece=each)
+    bound, _ = updates(monkeypatch, update_each_piece=each, meta_clip=clip)
+    assert min(abs(slope) for _, slope in free[:3]) > 1
+    expected = math.copysign(min(abs(free[0][1]), clip), free[0][1])
+    assert bound[0][1] == pytest.approx(expected, rel=1e-4)
+    assert all(abs(slope) <= clip * (1 + 1e-5) for _, slope in bound)
+    if clip == 1e6:
+        assert bound == free
+
+
+def test_learners_of_the_base_class_update_once_and_are_not_clipped():
+    assert Learner.update_each_piece is False
+    assert Learner.meta_clip is None
