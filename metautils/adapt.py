@@ -294,9 +294,9 @@ def _check_unchanged(module: nn.Module, theta: Named, k: int) -> None:
 
 
 def _detached(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return x.detach()
-    return {name: _detached(each) for name, each in x.items()}
+    if isinstance(x, Mapping):
+        return {name: _detached(each) for name, each in x.items()}
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _cloned(buffers: Named) -> Named:

@@ -8,7 +8,6 @@ steps are chosen on validation characters, for each choice of what moves and wha
 import copy
 import json
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from metautils import data, results
 from metautils.adapt import SGD
 from metautils.data.bank import as_float
 from metautils.evaluate import evaluate
+from metautils.files import save_atomically
 from metautils.learners.meta_lstm import MetaLSTM
 from metautils.nets import Conv4, classifier
 
@@ -72,7 +72,7 @@ def pretrained(train, out):
         schedule.step()
         right += 0.01 * (100 * float((logits.argmax(-1) == labels[rows]).float().mean()) - right)
         bar.set_postfix({"accuracy": f"{right:.1f} %"}, refresh=False)
-    torch.save(net.state_dict(), path)
+    save_atomically(net.state_dict(), path)
     return net.embed
 
 
@@ -102,9 +102,7 @@ out = Path(sys.argv[1])
 out.mkdir(parents=True, exist_ok=True)
 made = results.provenance(torch.device("cpu"))
 parts = data.load("omniglot", SEED, "random")
-start = time.perf_counter()
 body = pretrained(parts.train.with_rotations(), out)
-minutes = (time.perf_counter() - start) / 60
 rows = []
 for shots in (1, 5):
     for only in ((), ("head",)):
@@ -120,7 +118,7 @@ heads = ["Task", "Fine-tuned", "Statistics of", "Rate", "Steps", "Accuracy"]
 record = {
     "what": "Fine-tuning from classification of all training characters, 600 test tasks",
     "tables": [{"title": "Fine-tuned", "heads": heads, "rows": rows}],
-    "steps": STEPS, "seed": SEED, "minutes": round(minutes, 2), **made,
+    "steps": STEPS, "seed": SEED, **made,
 }  # fmt: skip
 (results.folder() / "finetune_omniglot.json").write_text(json.dumps(record, indent=1) + "\n")
 print(results.tables("finetune_omniglot")["Fine-tuned"])

@@ -122,7 +122,9 @@ def table(title, variant):
     return {"title": title, "heads": heads, "rows": rows}
 
 
-name = sys.argv[1]
+name = sys.argv[1] if len(sys.argv) > 1 else ""
+if name not in PROBLEMS:
+    sys.exit(f"Name one of {', '.join(PROBLEMS)}.")
 problems = PROBLEMS[name]
 made = results.provenance(torch.device("cpu"))
 torch.manual_seed(SEED)

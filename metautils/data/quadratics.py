@@ -16,14 +16,14 @@ class QuadraticSampler:
 
     A model of d numbers phi that gives W phi has this as its mean squared error. The query set is
     the support set: the task is to minimise, not to generalise. Entries of W and y are standard
-    normal (section 3.1 of Andrychowicz et al. 2016). Then every column of W, and W as a whole, is
+    normal, as is reported of Andrychowicz et al. 2016. Then every column of W, and W as a whole, is
     multiplied by a factor of its own, for in a network coordinates and losses differ in scale.
 
     Args:
         dimensions: d.
         tasks: tasks in one episode.
         spread: the factors' range in powers of ten: with 1 they run from `10**-0.5` to `10**0.5`,
-            uniform in the logarithm; with 0 all are 1, as in the paper.
+            uniform in the logarithm; with 0 all are 1.
         seed: of a generator of its own on the CPU, as in `EpisodeSampler`.
         device: where the episodes are to lie.
 

@@ -28,11 +28,14 @@ class MetaLSTMCell(nn.Module):
 
     def __init__(self, hidden: int = 20) -> None:
         super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden is {hidden}; it must be at least 1.")
         self.first = LSTMCell(4, hidden)
         self.W_F, self.W_I = (nn.Parameter(torch.empty(hidden + 2)) for _ in range(2))
         for p in self.parameters():
             nn.init.uniform_(p, -0.01, 0.01)
-        # f near 1 and i near 0: it starts as gradient descent with small steps.
+        # f near 1 and i near 0: it starts as gradient descent with small steps. (The authors' own
+        # program draws the forget gate's bias from 4 to 5.)
         self.b_F = nn.Parameter(torch.empty(1).uniform_(4, 6))
         self.b_I = nn.Parameter(torch.empty(1).uniform_(-5, -4))
 
@@ -98,9 +101,10 @@ class MetaLSTM(MAML):
 
     def _predict(self, f: Adapted, support_x: Tensor, queries: Tensor) -> Tensor:
         self.net.train(self.training)  # a test's queries must not see one another
-        predictions = f(queries)
-        self.net.train()
-        return predictions
+        try:
+            return f(queries)
+        finally:
+            self.net.train()
 
     def extra_repr(self) -> str:
         """The settings, so that a checkpoint knows its learner."""
