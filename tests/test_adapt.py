@@ -796,6 +796,14 @@ def test_what_came_before_a_cut_still_leads_back(kind):
     assert expected.any()
 
 
+def test_memory_may_hold_other_things_than_tensors():
+    kept = {"v": {"a": torch.ones(2, requires_grad=True)}, "count": 3, "last": None}
+    f = Adapted(small_mlp(), {}, {}, kept)
+    f.detach_()
+    assert (f.state["count"], f.state["last"]) == (3, None)
+    assert not f.state["v"]["a"].requires_grad
+
+
 def test_gradient_of_a_rate_after_a_cut_is_that_of_the_last_step():
     """phi_3 = phi_2 - alpha g(phi_2), in which phi_2 is a constant."""
     net, (x, y, qx, qy) = small_mlp(), curve()

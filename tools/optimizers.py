@@ -9,7 +9,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -69,11 +69,15 @@ def classify(tasks, seed):
     return EpisodeSampler(digits.load().test, 10, 140, 30, tasks, seed=seed)
 
 
-def classify_small(tasks, seed):
-    """The same images as the network sees them, averaged down to 7x7 once and for all."""
+@cache
+def small_digits():
+    """The images as the network sees them, averaged down to 7x7 once and for all."""
     bank = digits.load().test
-    small = F.avg_pool2d(bank.images.float(), 4).round().to(torch.uint8)
-    return EpisodeSampler(replace(bank, images=small), 10, 140, 30, tasks, seed=seed)
+    return replace(bank, images=F.avg_pool2d(bank.images.float(), 4).round().to(torch.uint8))
+
+
+def classify_small(tasks, seed):
+    return EpisodeSampler(small_digits(), 10, 140, 30, tasks, seed=seed)
 
 
 PROBLEMS = {

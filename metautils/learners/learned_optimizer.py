@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
@@ -65,7 +66,7 @@ class LSTMOptimizer(nn.Module):
         self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
     ) -> tuple[Named, dict]:
         """Inner step number `k`, counted from 0: new parameters and state."""
-        inputs = log_sign(coordinates(gradients, k))
+        inputs = log_sign(coordinates({name: gradients[name] for name in phi}, k))
         check_memory(state, inputs.shape[1], k)
         h1, c1 = self.first(inputs, state.get("h1"), state.get("c1"))
         h2, c2 = self.second(h1, state.get("h2"), state.get("c2"))
@@ -149,18 +150,27 @@ class FromScratch(Learner):
 
     def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The meta-loss of every `truncation` steps, cut off from the steps before."""
-        with torch.autocast(episode.query_x.device.type, enabled=False):
+        # Half precision would cost small losses their digits. The context must not stay open over
+        # a yield, where the caller enters its own.
+        exact = partial(torch.autocast, episode.query_x.device.type, enabled=False)
+        with exact():
             path, loss = self.train_networks(episode.support_x, episode.support_y)
             next(path)
+        for done in range(0, self.steps, self.truncation):
             total = 0.0
-            for f in islice(path, self.steps):
-                total = total + (loss(f) + FLOOR).log().sum()
-                if f.k % self.truncation == 0 or f.k == self.steps:
-                    with torch.no_grad():
-                        predictions = f(episode.query_x)
-                    yield total / (self.steps * episode.tasks), predictions, episode.query_y
-                    f.detach_()
-                    total = 0.0
+            with exact():
+                for f in islice(path, min(self.truncation, self.steps - done)):
+                    total = total + (loss(f) + FLOOR).log().sum()
+                with torch.no_grad():
+                    predictions = f(episode.query_x)
+            yield total / (self.steps * episode.tasks), predictions, episode.query_y
+            f.detach_()
+
+    def extra_repr(self) -> str:
+        """The settings, so that a checkpoint knows its learner."""
+        told = ("steps", "truncation", "batch", "first_order")
+        own = [f"{name}={getattr(self, name)}" for name in told]
+        return ", ".join([*own, f"scale={getattr(self.optimizer, 'scale', None)}"])
 
 
 def _each_loss(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -43,7 +43,12 @@ class MetaLSTMCell(nn.Module):
         self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
     ) -> tuple[Named, dict]:
         """Inner step number `k`, counted from 0: new parameters and state."""
-        g, c = coordinates(gradients, k), coordinates(phi)
+        g, c = coordinates({name: gradients[name] for name in phi}, k), coordinates(phi)
+        if not bool(loss.detach().isfinite()):
+            raise FloatingPointError(
+                f"The inner loss is not finite at inner step {k + 1}: look for bad values in the "
+                "inputs or targets, or make fewer or smaller steps."
+            )
         check_memory(state, len(g), k)
         seen = torch.cat([log_sign(g), log_sign(loss[None]).expand(2, len(g))])
         h1, c1 = self.first(seen, state.get("h1"), state.get("c1"))
@@ -87,7 +92,10 @@ class MetaLSTM(MAML):
         first_order: bool = True,
     ) -> None:
         super().__init__(net, steps=steps, first_order=first_order, vectorise=False)
+        if clip <= 0:
+            raise ValueError(f"clip is {clip}; a norm must be above 0.")
         self.options["clip"], self.cell = clip, MetaLSTMCell(hidden)
+        self.net.train()
 
     def optimizer(self) -> MetaLSTMCell:
         """The learned one."""
