@@ -23,7 +23,7 @@ from metautils.train import CHECKPOINT, meta_train
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
     """Presets of a moment, narrow networks, glyphs ready at once, no cache of the user's."""
-    monkeypatch.setattr(cli, "Conv4", partial(Conv4, width=4))
+    monkeypatch.setattr(cli, "Conv4", lambda *a, **k: Conv4(*a, **(k | {"width": 4})))
     monkeypatch.setattr(cli, "classifier", lambda embed, _, ways: classifier(embed, 4, ways))
     monkeypatch.setattr(metautils.evaluate, "IMAGES_AT_ONCE", 100)
     monkeypatch.setattr(cli, "meta_train", partial(meta_train, validation_episodes=4))
