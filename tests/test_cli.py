@@ -197,14 +197,16 @@ def test_learner_that_adapts(tmp_path, method, capsys):
     assert record["method"] == method
     assert record["rotations"] == "episode"
     sizes = {"ways": 3, "shots": 2, "queries": 2, "tasks": 2}
-    assert record["train"] == sizes | {"transductive": True}
+    together = method != "meta_lstm"  # whose queries never help one another in a test
+    assert record["train"] == sizes | {"transductive": together}
     assert "steps=" in record["learner"]
-    assert "transductive=True" in record["learner"]
+    assert ("transductive=True" in record["learner"]) == together
     rows = [(e["ways"], e["shots"], e["queries"], e["episodes"]) for e in record["evaluations"]]
     assert rows == [(3, 2, 6, 3)]
-    assert [e["transductive"] for e in record["evaluations"]] == [True]
+    assert [e["transductive"] for e in record["evaluations"]] == [together]
     assert [e["transductive"] for e in record["baseline"]] == [False]
-    assert "3-way 2-shot, transductive: " in capsys.readouterr().out
+    how = ", transductive" if together else ""
+    assert f"3-way 2-shot{how}: " in capsys.readouterr().out
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert state["best"]["net.head.weight"].shape == (3, 4)
 
