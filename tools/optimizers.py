@@ -58,25 +58,21 @@ def point():
 
 def network(width=20):
     layers = nn.Linear(49, width), nn.Sigmoid(), nn.Linear(width, 10)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten(), *layers)
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
 def quadratics(tasks, seed, spread=1.0):
     return QuadraticSampler(10, tasks, spread, seed)
 
 
-def classify(tasks, seed):
-    return EpisodeSampler(digits.load().test, 10, 140, 30, tasks, seed=seed)
-
-
 @cache
 def small_digits():
-    """The images as the network sees them, averaged down to 7x7 once and for all."""
+    """All digits, averaged down to 7x7."""
     bank = digits.load().test
     return replace(bank, images=F.avg_pool2d(bank.images.float(), 4).round().to(torch.uint8))
 
 
-def classify_small(tasks, seed):
+def classify(tasks, seed):
     return EpisodeSampler(small_digits(), 10, 140, 30, tasks, seed=seed)
 
 
@@ -88,8 +84,8 @@ PROBLEMS = {
     ),
     "digits": Problems(
         network, classify, 400, 2, 3e-3, 20, 128,
-        {"100 steps": (100, network, classify_small), "200 steps": (200, network, classify_small),
-         "100 steps, 40 units": (100, partial(network, 40), classify_small)},
+        {"100 steps": (100, network, classify), "200 steps": (200, network, classify),
+         "100 steps, 40 units": (100, partial(network, 40), classify)},
     ),
 }  # fmt: skip
 
