@@ -21,9 +21,11 @@ from metautils.files import DataError
 from metautils.learners.anil import ANIL
 from metautils.learners.base import Learner
 from metautils.learners.maml import FOMAML, MAML
+from metautils.learners.matching_net import MatchingNet
 from metautils.learners.meta_lstm import MetaLSTM
 from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.protonet import ProtoNet
+from metautils.learners.relation_net import RelationModule, RelationNet
 from metautils.learners.reptile import Reptile
 from metautils.nets import BatchNorm, Conv4, classifier
 from metautils.sampling import EpisodeSampler
@@ -52,43 +54,58 @@ class Method:
     """How to make a learner for images of some channels, and how to train it.
 
     Attributes:
-        make: from channels, ways and whether queries may see one another.
+        make: from the shape of an image, ways and whether queries may see one another.
         presets: by name.
         rotations: of drawings in training: all four as classes, or one for a class and task.
-        any_ways: tested with other ways and shots than it was trained with.
+        any_ways: tested with other ways than it was trained with.
+        any_shots: tested with other shots than it was trained with.
     """
 
-    make: Callable[[int, int, bool], Learner]
+    make: Callable[[torch.Size, int, bool], Learner]
     presets: dict[str, Preset]
     rotations: str = "episode"
     any_ways: bool = False
+    any_shots: bool = False
+
+    def settings(self, ways: int, shots: int) -> tuple[tuple[int, int], ...]:
+        """What a learner is tested in that was trained with these ways and shots."""
+        if not self.any_ways:
+            return ((ways, shots),)
+        return SETTINGS if self.any_shots else ((5, shots), (20, shots))
 
 
-def _adapting(learner: type[MAML], **options: Any) -> Callable[[int, int, bool], Learner]:
+def _adapting(learner: type[MAML], **options: Any) -> Callable[[torch.Size, int, bool], Learner]:
     """A learner that adapts, on the strided network of Finn et al. 2017."""
 
-    def make(channels: int, ways: int, transductive: bool) -> Learner:
-        net = classifier(Conv4(channels, strided=True, norm=BatchNorm), 64, ways)
+    def make(image: torch.Size, ways: int, transductive: bool) -> Learner:
+        net = classifier(Conv4(image[0], strided=True, norm=BatchNorm), 64, ways)
         return learner(net, **options, transductive=transductive)
 
     return make
 
 
-def _meta_lstm(channels: int, ways: int, transductive: bool) -> Learner:
+def _meta_lstm(image: torch.Size, ways: int, transductive: bool) -> Learner:
     """On the network of Ravi and Larochelle 2017, of 32 filters; never transductive."""
     norm = partial(nn.BatchNorm2d, momentum=0.95)
-    return MetaLSTM(classifier(Conv4(channels, width=32, norm=norm), 32, ways))
+    return MetaLSTM(classifier(Conv4(image[0], width=32, norm=norm), 32, ways))
+
+
+def _relation(image: torch.Size, *_: Any) -> Learner:
+    """On maps of a quarter of the image's side, as in Sung et al. 2018."""
+    return RelationNet(Conv4(image[0], pools=2), RelationModule(size=image[-1] // 4))
 
 
 # 60-way 1-shot with 5 queries a class is how Snell et al. 2017 train on Omniglot.
-PROTONET = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(3000, 60, 1, 5, 1000)}
+COMPARING = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(3000, 60, 1, 5, 1000)}
 ADAPTING = {
     "quick": Preset(300, 5, 1, 5, 600, tasks=8, lr=3e-3),
     "full": Preset(20000, 5, 1, 5, 1000, tasks=8, lr=3e-3),
 }
 META_LSTM = {"quick": Preset(300, 5, 1, 5, 600), "full": Preset(12000, 5, 1, 5, 1000, lr=2e-3)}
 METHODS = {
-    "protonet": Method(lambda c, *_: ProtoNet(Conv4(c)), PROTONET, "classes", any_ways=True),
+    "protonet": Method(lambda s, *_: ProtoNet(Conv4(s[0])), COMPARING, "classes", True, True),
+    "matching": Method(lambda s, *_: MatchingNet(Conv4(s[0])), COMPARING, "classes", True, True),
+    "relation": Method(_relation, COMPARING, "classes", True),
     "maml": Method(_adapting(MAML, test_steps=3), ADAPTING),
     "fomaml": Method(_adapting(FOMAML, test_steps=3), ADAPTING),
     "anil": Method(_adapting(ANIL, test_steps=3), ADAPTING),
@@ -107,7 +124,7 @@ def train(args: argparse.Namespace) -> None:
             raise ValueError(f"{args.data} leaves no class for {name}: choose a set with more.")
     preset = _preset(method.presets[args.preset], args, len(parts.train))
     rotations = method.rotations if args.data in DRAWN else "none"
-    asked = None if method.any_ways else (preset.ways, preset.shots)
+    asked = method.settings(preset.ways, preset.shots)
     _settings(_rotated(parts.test, rotations), asked)  # told before the training, not after it
     ways, turned = preset.ways, rotations == "episode"
     learner = _learner(args.method, parts.train, ways, args.transductive, args.seed)
@@ -164,7 +181,7 @@ def evaluate_again(args: argparse.Namespace) -> None:
     ).to(args.device)
     load_weights(learner, args.run / CHECKPOINT)
     episodes = method.presets[record["preset"]].episodes
-    asked = None if method.any_ways else (trained["ways"], trained["shots"])
+    asked = method.settings(trained["ways"], trained["shots"])
     record |= {
         "learner": learner.extra_repr(),
         "tested_on": f"{name}, {split} split" if name == "omniglot" else name,
@@ -210,23 +227,25 @@ def _preset(preset: Preset, args: argparse.Namespace, classes: int) -> Preset:
 
 def _learner(method: str, bank: ClassBank, ways: int, transductive: bool, seed: int) -> Learner:
     torch.manual_seed(seed)
-    return METHODS[method].make(bank.images.shape[1], ways, transductive)
+    return METHODS[method].make(bank.images.shape[1:], ways, transductive)
 
 
 def _rotated(bank: ClassBank, rotations: str) -> ClassBank:
     return bank.with_rotations() if rotations == "classes" else bank
 
 
-def _settings(bank: ClassBank, asked: tuple[int, int] | None) -> list[tuple[int, int]]:
-    """What was asked for, or every setting that the bank can fill; all classes where few."""
-    fewest = int(bank.counts.min())
-    known = [(n, k) for n, k in SETTINGS if n <= len(bank)] or [(len(bank), k) for k in (1, 5)]
-    settings = [(n, k) for n, k in ([asked] if asked else known) if k < fewest and n <= len(bank)]
+def _settings(bank: ClassBank, asked: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """What was asked for, as far as the bank can fill it; all its classes where there are few."""
+    fewest, shots = int(bank.counts.min()), sorted({k for _, k in asked})
+    known = [(n, k) for n, k in asked if n <= len(bank)]
+    if len(asked) > 1:
+        known = known or [(len(bank), k) for k in shots]
+    settings = [(n, k) for n, k in known if k < fewest]
     if len(bank) < 2 or not settings:
-        ways, shots = asked or (2, 1)
+        ways = asked[0][0] if len(asked) == 1 else 2
         raise ValueError(
-            f"Testing needs {ways} classes of {shots + 1} images or more; there are {len(bank)}, "
-            f"the smallest of {fewest}: give more classes or images."
+            f"Testing needs {ways} classes of {shots[0] + 1} images or more; there are "
+            f"{len(bank)}, the smallest of {fewest}: give more classes or images."
         )
     return settings
 
@@ -237,7 +256,7 @@ def _test(
     rotations: str,
     episodes: int,
     device: torch.device,
-    asked: tuple[int, int] | None,
+    asked: tuple[tuple[int, int], ...],
 ) -> dict[str, list[dict[str, Any]]]:
     """Evaluations of the learner, and of class means in raw pixels on the same episodes."""
     bank = _rotated(bank, rotations).to(device)
@@ -260,7 +279,9 @@ def _parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("train", help=train.__doc__, description=train.__doc__)
     one.add_argument("method", choices=METHODS)
-    one.add_argument("--data", default="glyphs", help="glyphs, omniglot or a folder of images")
+    one.add_argument(
+        "--data", default="glyphs", help="glyphs, omniglot, cifar_fs or a folder of images"
+    )
     one.add_argument("--split", default="random", choices=["random", "background"])
     one.add_argument("--preset", default="quick", choices=["quick", "full"])
     one.add_argument("--out", type=Path, required=True, help="folder for checkpoint and record")
@@ -279,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     two.set_defaults(run_command=evaluate_again)
 
     three = commands.add_parser("data", help=describe.__doc__, description=describe.__doc__)
-    three.add_argument("name", help="glyphs, omniglot, digits or a folder of images")
+    three.add_argument("name", help="glyphs, omniglot, digits, cifar_fs or a folder")
     three.add_argument("--split", default="random", choices=["random", "background"])
     three.set_defaults(run_command=describe)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metautils.data import digits, folder, glyphs, omniglot
+from metautils.data import cifar_fs, digits, folder, glyphs, omniglot
 from metautils.data.bank import Parts
 
-NAMES = ("glyphs", "omniglot", "digits")
+NAMES = ("glyphs", "omniglot", "digits", "cifar_fs")
 
 
 def load(name: str, seed: int = 0, split: str = "random") -> Parts:
     """Load a set by name, or a folder of images by its path.
 
     Args:
-        name: `"glyphs"`, `"omniglot"`, `"digits"` or a folder with a subfolder for each class.
+        name: `"glyphs"`, `"omniglot"`, `"digits"`, `"cifar_fs"`, or a folder with a subfolder for
+            each class.
         seed: of the split; for glyphs, of the alphabets themselves.
         split: of Omniglot, see `metautils.data.omniglot.load`.
 
@@ -28,6 +29,8 @@ def load(name: str, seed: int = 0, split: str = "random") -> Parts:
         return omniglot.load(split, seed)
     if name == "digits":
         return digits.load()
+    if name == "cifar_fs":
+        return cifar_fs.load()
     if Path(name).is_dir():
         return folder.load(name, seed=seed)
     raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(NAMES)}.")

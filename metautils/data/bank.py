@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metautils.files import DataError, cache_folder, load_safely, save_atomically
 from metautils.precision import fast_autocast
 
 
@@ -124,3 +125,17 @@ def split_classes(bank: ClassBank, sizes: tuple[int, int, int], seed: int = 0) -
         raise ValueError(f"Parts of {sizes} classes do not add up to the {len(bank)} there are.")
     order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed))
     return Parts(*(bank.select(part) for part in order.split(list(sizes))))
+
+
+def cached(name: str, make: Callable[[], ClassBank]) -> ClassBank:
+    """The bank that was kept under this name in the cache, or a new one, which is then kept."""
+    path = cache_folder() / f"{name}.pt"
+    if path.exists():
+        try:
+            saved = load_safely(path)
+            return ClassBank(saved["images"], saved["counts"], tuple(saved["names"]))
+        except (DataError, KeyError, TypeError, ValueError):
+            path.unlink()  # a damaged cache is made again
+    bank = make()
+    save_atomically({"images": bank.images, "counts": bank.counts, "names": list(bank.names)}, path)
+    return bank

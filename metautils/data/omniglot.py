@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
-from zlib import error as ZlibError
 
-import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from metautils.data.bank import ClassBank, Parts, split_classes
-from metautils.files import DataError, cache_folder, data_folder, load_safely, save_atomically
+from metautils.data.archive import images
+from metautils.data.bank import ClassBank, Parts, cached, split_classes
+from metautils.files import DataError, cache_folder, data_folder
 
 DRAWINGS = {"images_background": 964 * 20, "images_evaluation": 659 * 20}
 RANDOM_SPLIT = (1028, 172, 423)  # the 1,200 to learn from of Vinyals et al. 2016, cut once more
@@ -56,16 +51,7 @@ def load(split: str = "random", seed: int = 0) -> Parts:
 def everything() -> ClassBank:
     """All 1,623 characters, background set first, from the decoded cache or the images."""
     folder = data_folder()  # a wrong METAUTILS_DATA is told even where the cache would do
-    path = cache_folder() / "omniglot-28.pt"
-    if path.exists():
-        try:
-            saved = load_safely(path)
-            return ClassBank(saved["images"], saved["counts"], tuple(saved["names"]))
-        except (DataError, KeyError, TypeError, ValueError):
-            path.unlink()  # a damaged cache is made again
-    bank = _decode(_source(folder))
-    save_atomically({"images": bank.images, "counts": bank.counts, "names": list(bank.names)}, path)
-    return bank
+    return cached("omniglot-28", lambda: _decode(_source(folder)))
 
 
 def _source(folder: Path | None) -> Path:
@@ -90,43 +76,15 @@ def _decode(source: Path) -> ClassBank:
     classes: dict[str, list[Tensor]] = defaultdict(list)
     for part, expected in DRAWINGS.items():
         found = 0
-        for name, image in _drawings(source, part):
-            classes[name].append(image)
+        for name, image in images(source, part, ".png", "L", "Omniglot"):
+            classes[name].append(torch.from_numpy(255 - image))
             found += 1
         if found != expected:
             raise DataError(
                 f"{source / part} holds {found} drawings, not {expected}: fetch Omniglot again."
             )
-    images = [_shrink(torch.stack(drawings)) for drawings in classes.values()]
-    return ClassBank.from_classes(images, list(classes))
-
-
-def _drawings(source: Path, part: str) -> Iterator[tuple[str, Tensor]]:
-    """Name of the character and drawing `(105, 105)` uint8, from an archive or a folder."""
-    archive, folder = source / f"{part}.zip", source / part
-    if folder.is_dir():
-        for path in sorted(folder.rglob("*.png")):
-            yield f"{part}/{path.parent.relative_to(folder).as_posix()}", _read(path, str(path))
-    elif archive.is_file():
-        try:
-            with zipfile.ZipFile(archive) as file:
-                for name in sorted(n for n in file.namelist() if n.endswith(".png")):
-                    yield name.rsplit("/", 1)[0], _read(io.BytesIO(file.read(name)), name)
-        except (zipfile.BadZipFile, ZlibError, EOFError) as error:
-            raise DataError(f"{archive} is damaged ({error}): fetch it again.") from error
-    else:
-        raise DataError(
-            f"Neither {archive} nor {folder}/ exists: put Omniglot's {part} there, or unset "
-            "METAUTILS_DATA to download it."
-        )
-
-
-def _read(file: Path | io.BytesIO, name: str) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            return torch.from_numpy(255 - np.asarray(image.convert("L")))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{name} is no readable image ({error}): fetch Omniglot again.") from error
+    small = [_shrink(torch.stack(drawings)) for drawings in classes.values()]
+    return ClassBank.from_classes(small, list(classes))
 
 
 def _shrink(drawings: Tensor) -> Tensor:

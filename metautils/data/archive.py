@@ -1,0 +1,60 @@
+"""Images in an archive, or in the folder that it unpacks to."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from zlib import error as ZlibError
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from metautils.files import DataError
+
+
+def images(
+    source: Path, part: str, ending: str, mode: str, data: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Class and pixels of every image of `source/part.zip` or `source/part/`, ordered by name.
+
+    Args:
+        source: folder of the set.
+        part: of the set; `part/CLASS/IMAGE` is the path of an image, CLASS may have levels.
+        ending: of the images' names, such as ".png".
+        mode: Pillow's, which the image is converted to.
+        data: the set's name, for messages.
+
+    Yields:
+        `part/CLASS` and `(height, width)` or `(height, width, channels)` uint8.
+
+    Raises:
+        DataError: if neither exists, or the archive or an image is damaged.
+    """
+    archive, folder = source / f"{part}.zip", source / part
+    if folder.is_dir():
+        for path in sorted(folder.rglob(f"*{ending}")):
+            name = f"{part}/{path.parent.relative_to(folder).as_posix()}"
+            yield name, _read(path, str(path), mode, data)
+    elif archive.is_file():
+        try:
+            with zipfile.ZipFile(archive) as file:
+                for name in sorted(n for n in file.namelist() if n.endswith(ending)):
+                    content = io.BytesIO(file.read(name))
+                    yield name.rsplit("/", 1)[0], _read(content, name, mode, data)
+        except (zipfile.BadZipFile, ZlibError, EOFError) as error:
+            raise DataError(f"{archive} is damaged ({error}): fetch it again.") from error
+    else:
+        raise DataError(
+            f"Neither {archive} nor {folder}/ exists: put {data}'s {part} there, or unset "
+            "METAUTILS_DATA to download it."
+        )
+
+
+def _read(file: Path | io.BytesIO, name: str, mode: str, data: str) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return np.array(image.convert(mode))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{name} is no readable image ({error}): fetch {data} again.") from error

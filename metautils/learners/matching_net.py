@@ -1,0 +1,50 @@
+"""Matching Networks (Vinyals et al. 2016): a query's label is an average of the support's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metautils.learners.base import Learner
+
+
+class MatchingNet(Learner):
+    """Attention over the support set: softmax of cosines, labels mixed (equations 1 and 2).
+
+    Without the paper's full-context embeddings, which changed little on Omniglot there.
+
+    Args:
+        embed: f and g in one, a network `(n, ...)` to `(n, dimensions)`.
+        scale: what cosines are multiplied with before the softmax. The paper has 1, and then no
+            answer can be more certain than e^2 : 1.
+
+    Raises:
+        ValueError: if scale is not above 0.
+    """
+
+    def __init__(self, embed: nn.Module, scale: float = 1.0) -> None:
+        super().__init__()
+        if scale <= 0:
+            raise ValueError(f"scale is {scale}; it must be above 0.")
+        self.embed, self.scale = embed, scale
+
+    def attention(self, support: Tensor, query: Tensor) -> Tensor:
+        """Logarithms of the weights, `(tasks, Q, S)`, from features `(tasks, _, d)`."""
+        cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
+        return (self.scale * cosines).log_softmax(-1)
+
+    def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+        """Log-probabilities `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
+        x = torch.cat([support_x, query_x], dim=1)
+        features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
+        shots = support_x.shape[1]
+        weights = self.attention(features[:, :shots], features[:, shots:])
+        # Summed as logarithms, so that a weight too small for its digits is still a number.
+        ways = torch.arange(int(support_y.max()) + 1, device=x.device)
+        others = support_y[:, None, None] != ways[:, None]
+        return weights[:, :, None].masked_fill(others, -torch.inf).logsumexp(-1)
+
+    def extra_repr(self) -> str:
+        """The setting, so that a checkpoint knows its learner."""
+        return f"scale={self.scale}"
