@@ -78,7 +78,7 @@ def classify(tasks, seed):
 
 PROBLEMS = {
     "quadratics": Problems(
-        point, quadratics, 2500, 16, 1e-2, 200, None,
+        point, quadratics, 2500, 16, 3e-3, 200, None,
         {"100 steps": (100, point, quadratics), "200 steps": (200, point, quadratics),
          "100 steps, all scales equal": (100, point, partial(quadratics, spread=0.0))},
     ),
@@ -115,10 +115,18 @@ def table(title, variant):
         ratio = ((end + FLOOR) / (ends["learned"] + FLOOR)).log().double()
         typical, half = ratio.mean(), interval95(ratio)
         low, middle, high = (f"{float((typical + s * half).exp()):.2g}" for s in (-1, 0, 1))
-        told = f"{middle} ({low} to {high})" if name != "learned" else ""
+        more = end - ends["learned"]
+        told = [f"{more.mean():+.4f} ± {interval95(more):.4f}", f"{middle} ({low} to {high})"]
         rate = f"{rates[name]:.3g}" if name in rates else ""
-        rows.append([name, rate, f"{end.mean():.4f} ± {interval95(end):.4f}", told])
-    heads = ["Optimiser", "Rate", "Loss at the end", "Times the learned one's, typically"]
+        told = told if name in rates else ["", ""]
+        rows.append([name, rate, f"{end.mean():.4f} ± {interval95(end):.4f}", *told])
+    heads = [
+        "Optimiser",
+        "Rate",
+        "Loss at the end",
+        "More than the learned one, paired",
+        "Times the learned one's, typically",
+    ]
     return {"title": title, "heads": heads, "rows": rows}
 
 
