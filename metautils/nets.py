@@ -65,13 +65,16 @@ class Conv4(nn.Module):
         width: filters in each convolution.
         strided: halve by stride, not by pooling.
         pools: how many blocks, from the first, have a pooling; the embedding of Sung et al. 2018
-            has two, so an image of 28x28 becomes `width` maps of 7x7, flattened.
+            has two, so an image of 28x28 becomes `width` maps of 7x7, flattened. None if strided.
         norm: makes the normalisation for a number of channels: `nn.BatchNorm2d` keeps running
             statistics; learners that adapt want `BatchNorm`.
 
     Shapes:
         `(n, channels, h, w)` float to `(n, width * (h // 2**pools) * (w // 2**pools))`, or
         `(n, width)` if strided.
+
+    Raises:
+        ValueError: if pools is not 0 to 4.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class Conv4(nn.Module):
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
+        if not 0 <= pools <= 4:
+            raise ValueError(f"pools is {pools}; of four blocks 0 to 4 can have one.")
         sizes = [channels, width, width, width, width]
         halve = ["stride"] * 4 if strided else ["pool"] * pools + [""] * (4 - pools)
         blocks = [_block(*s, norm, how) for s, how in zip(pairwise(sizes), halve, strict=True)]

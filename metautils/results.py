@@ -18,6 +18,8 @@ FIELDS = (
 )  # fmt: skip
 TITLES = {  # a method's name in tables
     "protonet": "Prototypical Networks",
+    "matching": "Matching Networks",
+    "relation": "Relation Networks",
     "maml": "MAML",
     "fomaml": "FOMAML",
     "anil": "ANIL",

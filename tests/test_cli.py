@@ -15,6 +15,7 @@ from PIL import Image
 import metautils.evaluate
 from metautils import cli, data, results
 from metautils.data.bank import Parts, split_classes
+from metautils.learners.relation_net import RelationModule
 from metautils.nets import Conv4, classifier
 from metautils.sampling import EpisodeSampler
 from metautils.train import CHECKPOINT, meta_train
@@ -25,6 +26,7 @@ def short(monkeypatch, tmp_path):
     """Presets of a moment, narrow networks, glyphs ready at once, no cache of the user's."""
     monkeypatch.setattr(cli, "Conv4", lambda *a, **k: Conv4(*a, **(k | {"width": 4})))
     monkeypatch.setattr(cli, "classifier", lambda embed, _, ways: classifier(embed, 4, ways))
+    monkeypatch.setattr(cli, "RelationModule", partial(RelationModule, 4))
     monkeypatch.setattr(metautils.evaluate, "IMAGES_AT_ONCE", 100)
     monkeypatch.setattr(cli, "meta_train", partial(meta_train, validation_episodes=4))
     preset(monkeypatch, 3, 4, 1, 2, 3)
@@ -221,6 +223,82 @@ def test_learner_that_adapts(tmp_path, method, capsys):
     assert "3-way 2-shot: " in capsys.readouterr().out
 
 
+COMPARING = pytest.mark.parametrize("method", [n for n, m in cli.METHODS.items() if m.any_ways])
+
+
+@COMPARING
+@pytest.mark.parametrize("shots", [1, 2])
+def test_learner_that_compares(tmp_path, method, shots):
+    """Tested in other ways than trained with, and where it may be, with other shots."""
+    assert train(tmp_path, "--ways", 3, "--shots", shots, method=method) == 0
+    record = load(tmp_path / "record.json")
+    assert set(results.FIELDS) <= set(record)
+    assert (record["method"], record["rotations"]) == (method, "classes")
+    sizes = {"ways": 3, "shots": shots, "queries": 2, "tasks": 1}
+    assert record["train"] == sizes | {"transductive": False}
+    told = {"protonet": "", "matching": "scale=10.0", "relation": "objective=task_loss"}
+    assert record["learner"] == told[method]
+    expected = [(5, 1), (5, 5), (20, 1), (20, 5)]
+    if method == "relation":
+        expected = [(5, shots), (20, shots)]
+    for rows in (record["evaluations"], record["baseline"]):
+        assert [(e["ways"], e["shots"]) for e in rows] == expected
+        assert not any(e["transductive"] for e in rows)
+
+
+@COMPARING
+def test_learner_that_compares_is_evaluated_again(tmp_path, method):
+    """On the same episodes with the same end; upright, five classes allow 5 ways only."""
+    train(tmp_path, "--shots", 2, method=method)
+    record = load(tmp_path / "record.json")
+    assert again(tmp_path, "--rotations", "classes") == 0
+    assert load(tmp_path / "record-glyphs-classes.json") == record
+    assert again(tmp_path) == 0
+    rows = load(tmp_path / "record-glyphs-none.json")["evaluations"]
+    shots = [2] if method == "relation" else [1, 5]
+    assert [(e["ways"], e["shots"]) for e in rows] == [(5, k) for k in shots]
+
+
+def test_relation_on_photos(tmp_path, photos):
+    """In colour, and on maps of 21x21."""
+    assert train(tmp_path, "--data", str(photos), "--shots", 2, method="relation") == 0
+    record = load(tmp_path / "record.json")
+    assert [(e["ways"], e["shots"]) for e in record["evaluations"]] == [(5, 2)]
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["best"]["relate.rest.8.weight"].shape == (8, 4 * 5 * 5)
+
+
+def test_relation_on_images_of_another_size(tmp_path, capsys, photos, monkeypatch):
+    """Its dense layers fit maps of one size; told as another network."""
+    train(tmp_path, method="relation")
+    capsys.readouterr()
+    large = split_classes(blobs(classes=8, size=32), (3, 2, 3))
+    monkeypatch.setattr(data.folder, "load", lambda path, seed: large)
+    says(capsys, ["evaluate", tmp_path, "--data", photos, "--device", "cpu"], "another network")
+
+
+def test_relation_on_images_too_small(tmp_path, capsys, monkeypatch):
+    """Told before any training."""
+    parts = split_classes(blobs(classes=14, size=12), (6, 3, 5))
+    monkeypatch.setattr(data.folder, "load", lambda path, seed: parts)
+    arguments = ["train", "relation", "--data", tmp_path, "--out", tmp_path / "run"]
+    says(capsys, arguments, "Maps of 3x3 cannot be halved twice: they must be 4x4.")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        (("protonet", "matching"), ((5, 1), (5, 5), (20, 1), (20, 5))),
+        (("relation",), ((5, 3), (20, 3))),
+        (("maml", "fomaml", "anil", "meta_sgd", "meta_lstm", "reptile"), ((4, 3),)),
+    ],
+)
+def test_settings_that_a_learner_is_tested_in(names, settings):
+    """Of one that was trained in 4 ways with 3 shots."""
+    assert all(cli.METHODS[name].settings(4, 3) == settings for name in names)
+
+
 def test_training_inductively(tmp_path):
     assert train(tmp_path, "--inductive", method="maml") == 0
     record = load(tmp_path / "record.json")
@@ -290,7 +368,7 @@ def test_presets_are_sound(monkeypatch, method, name):
     made = cli.METHODS[method]
     preset = made.presets[name]
     assert preset.episodes >= 600
-    learner = made.make(1, preset.ways, True)
+    learner = made.make(torch.Size([1, 28, 28]), preset.ways, True)
     x = torch.rand(1, preset.ways * preset.shots, 1, 28, 28)
     y = torch.arange(preset.ways).repeat(1, preset.shots)
     predictions = learner.eval()(x, y, torch.rand(1, 2, 1, 28, 28))
@@ -310,7 +388,7 @@ def says(capsys, arguments, sentence):
 
 
 def test_no_such_set(tmp_path, capsys):
-    sentence = "'no-such-set' is neither a folder nor one of glyphs, omniglot, digits."
+    sentence = "'no-such-set' is neither a folder nor one of glyphs, omniglot, digits, cifar_fs."
     for command in (["data", "no-such-set"], ["train", "protonet", "--data", "no-such-set"]):
         more = ["--out", tmp_path / "run"] if command[0] == "train" else []
         says(capsys, [*command, *more], sentence)
@@ -322,9 +400,12 @@ def test_wrong_data_folder(tmp_path, capsys, monkeypatch):
     says(capsys, ["data", "omniglot"], "gone', which is no folder: correct it or unset it")
 
 
-def test_set_that_is_not_in_the_data_folder(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "file"), [("omniglot", "images_background"), ("cifar_fs", "train")]
+)
+def test_set_that_is_not_in_the_data_folder(tmp_path, capsys, monkeypatch, name, file):
     monkeypatch.setenv("METAUTILS_DATA", str(tmp_path))
-    says(capsys, ["data", "omniglot"], "images_background.zip nor")
+    says(capsys, ["data", name], f"{file}.zip nor")
 
 
 def test_folder_never_trained(tmp_path, capsys):
@@ -410,5 +491,6 @@ def test_as_a_module():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "metautils: 'no-such-set' is neither a folder nor one of glyphs, omniglot, digits.\n"
+        "metautils: 'no-such-set' is neither a folder nor one of "
+        "glyphs, omniglot, digits, cifar_fs.\n"
     )

@@ -89,6 +89,39 @@ def test_equals_its_blocks_written_out():
     torch.testing.assert_close(net(x), h.flatten(1), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("channels", "width", "size", "side"), [(1, 64, 28, 7), (3, 8, 32, 8), (1, 4, 16, 4)]
+)
+def test_two_pools_leave_maps_of_a_quarter_of_the_side(channels, width, size, side):
+    """The embedding of Sung et al. 2018."""
+    net, x = Conv4(channels, width, pools=2), torch.rand(2, channels, size, size)
+    assert net.blocks(x).shape == (2, width, side, side)
+    assert net(x).shape == (2, width * side * side)
+
+
+@pytest.mark.parametrize("pools", [0, 2, 3, 4])
+def test_pools_stand_in_the_first_blocks(pools):
+    """Against the layers in the order of the papers, where ReLU comes before the pooling."""
+    torch.manual_seed(0)
+    net, x = Conv4(width=8, pools=pools), torch.randn(6, 1, 16, 16)
+    layers = []
+    for k, (convolution, norm, *_) in enumerate(net.blocks):
+        with torch.no_grad():
+            norm.weight.uniform_(-1, 1)
+            norm.bias.uniform_(-1, 1)
+        layers += [convolution, norm, nn.ReLU(), *([nn.MaxPool2d(2)] if k < pools else [])]
+    plain = nn.Sequential(*layers, nn.Flatten())
+    for mode in (True, False):
+        torch.testing.assert_close(net.train(mode)(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
+def test_pools_have_no_part_in_the_weights():
+    four, two = Conv4(width=4), Conv4(width=4, pools=2)
+    shapes = [{name: x.shape for name, x in net.state_dict().items()} for net in (four, two)]
+    assert shapes[0] == shapes[1]
+    two.load_state_dict(four.state_dict())
+
+
 def test_memory_format_changes_no_value():
     net = Conv4(width=8).eval()
     x = torch.rand(3, 1, 28, 28)
@@ -192,3 +225,9 @@ def test_kernel_of_torch_under_vmap_is_wrong_at_second_order():
     if error < 1e-12:
         pytest.skip("torch has mended its batch norm under vmap: BatchNorm may always be fused")
     assert error > 1e-3
+
+
+@pytest.mark.parametrize("pools", [-1, 5])
+def test_poolings_are_four_at_most(pools):
+    with pytest.raises(ValueError, match=f"pools is {pools}; of four blocks 0 to 4 can have one"):
+        Conv4(pools=pools)

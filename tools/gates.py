@@ -43,7 +43,10 @@ def gates(learner, sampler, tasks):
     return {which: {n: torch.stack(v) for n, v in names.items()} for which, names in rows.items()}
 
 
-class WithSGD(type(cli.METHODS["meta_lstm"].make(1, 5, False))):
+IMAGE = torch.Size([1, 28, 28])
+
+
+class WithSGD(type(cli.METHODS["meta_lstm"].make(IMAGE, 5, False))):
     """The same learner with plain gradient descent for its rule."""
 
     lr = 0.1
@@ -60,11 +63,11 @@ run = Path(sys.argv[1])
 record = json.loads((run / "record.json").read_text())
 ways, shots, seed = record["train"]["ways"], record["train"]["shots"], record["seed"]
 parts = data.load(record["data"], seed, record["split"])
-trained = cli.METHODS["meta_lstm"].make(1, ways, False)
+trained = cli.METHODS["meta_lstm"].make(IMAGE, ways, False)
 load_weights(trained, run / CHECKPOINT)
 
 torch.manual_seed(seed)
-with_sgd, fresh = copy.deepcopy(trained), cli.METHODS["meta_lstm"].make(1, ways, False)
+with_sgd, fresh = copy.deepcopy(trained), cli.METHODS["meta_lstm"].make(IMAGE, ways, False)
 with_sgd.__class__ = WithSGD
 found = {}
 for lr in RATES:

@@ -48,7 +48,7 @@ run = Path(sys.argv[1])
 record = json.loads((run / "record.json").read_text())
 ways, shots = record["train"]["ways"], record["train"]["shots"]
 test = data.load(record["data"], record["seed"], record["split"]).test
-trained = cli.METHODS["maml"].make(1, ways, True)
+trained = cli.METHODS["maml"].make(torch.Size([1, 28, 28]), ways, True)
 load_weights(trained, run / CHECKPOINT)
 net = trained.net
 layers = {

@@ -38,18 +38,24 @@ def images(
             name = f"{part}/{path.parent.relative_to(folder).as_posix()}"
             yield name, _read(path, str(path), mode, data)
     elif archive.is_file():
-        try:
-            with zipfile.ZipFile(archive) as file:
-                for name in sorted(n for n in file.namelist() if n.endswith(ending)):
-                    content = io.BytesIO(file.read(name))
-                    yield name.rsplit("/", 1)[0], _read(content, name, mode, data)
-        except (zipfile.BadZipFile, ZlibError, EOFError) as error:
-            raise DataError(f"{archive} is damaged ({error}): fetch it again.") from error
+        for name, content in _unzipped(archive):
+            if name.startswith(f"{part}/") and name.endswith(ending):
+                yield name.rsplit("/", 1)[0], _read(io.BytesIO(content), name, mode, data)
     else:
         raise DataError(
             f"Neither {archive} nor {folder}/ exists: put {data}'s {part} there, or unset "
             "METAUTILS_DATA to download it."
         )
+
+
+def _unzipped(archive: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for name in sorted(file.namelist()):
+                yield name, file.read(name)
+    # A damaged header may ask for anything: a password, another method, a place before the file.
+    except (zipfile.BadZipFile, ZlibError, EOFError, OSError, RuntimeError) as error:
+        raise DataError(f"{archive} is damaged ({error}): fetch it again.") from error
 
 
 def _read(file: Path | io.BytesIO, name: str, mode: str, data: str) -> np.ndarray:

@@ -45,6 +45,8 @@ def load() -> Parts:
 def _decode(folder: Path | None) -> ClassBank:
     classes: dict[str, list[np.ndarray]] = defaultdict(list)
     for name, image in _downloaded() if folder is None else _stored(folder / "cifar-fs"):
+        if image.shape != (32, 32, 3):
+            raise DataError(f"An image of {name} is not 32x32 in colour: fetch CIFAR-100 again.")
         classes[name].append(image)
     found = {name: len(each) for name, each in sorted(classes.items())}
     odd = [f"{count} of {name}" for name, count in found.items() if count != IMAGES]

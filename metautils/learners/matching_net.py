@@ -25,14 +25,16 @@ class MatchingNet(Learner):
 
     def __init__(self, embed: nn.Module, scale: float = 1.0) -> None:
         super().__init__()
-        if scale <= 0:
+        if not scale > 0:
             raise ValueError(f"scale is {scale}; it must be above 0.")
         self.embed, self.scale = embed, scale
 
     def attention(self, support: Tensor, query: Tensor) -> Tensor:
         """Logarithms of the weights, `(tasks, Q, S)`, from features `(tasks, _, d)`."""
-        cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
-        return (self.scale * cosines).log_softmax(-1)
+        # In half precision many cosines would be equal to the last digit.
+        with torch.autocast(query.device.type, enabled=False):
+            cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
+            return (self.scale * cosines).log_softmax(-1)
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Log-probabilities `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""

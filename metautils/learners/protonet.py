@@ -22,10 +22,14 @@ def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
     Returns:
         `(tasks, ways, dimensions)`.
     """
+    return class_sums(features, labels, ways) / F.one_hot(labels, ways).sum(1)[..., None]
+
+
+def class_sums(features: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """Sum of each class's support features; arguments and result as of `prototypes`."""
     rows = labels[..., None].expand_as(features)
     sums = features.new_zeros(len(features), ways, features.shape[-1])
-    counts = F.one_hot(labels, ways).sum(1)
-    return sums.scatter_add(1, rows, features) / counts[..., None]
+    return sums.scatter_add(1, rows, features)
 
 
 def squared_euclidean(a: Tensor, b: Tensor) -> Tensor:

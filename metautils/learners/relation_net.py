@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metautils.learners.base import Learner
-from metautils.learners.protonet import prototypes
+from metautils.learners.protonet import class_sums
 
 
 class RelationModule(nn.Module):
@@ -84,9 +84,8 @@ class RelationNet(Learner):
         """Outputs `(tasks, Q, ways)`, before any sigmoid."""
         x = torch.cat([support_x, query_x], dim=1)
         features = self.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        shots, counts = support_x.shape[1], F.one_hot(support_y).sum(1)
-        sums = prototypes(features[:, :shots], support_y, counts.shape[1]) * counts[..., None]
-        return self.relate(features[:, shots:], sums)
+        shots, ways = support_x.shape[1], int(support_y.max()) + 1
+        return self.relate(features[:, shots:], class_sums(features[:, :shots], support_y, ways))
 
     def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
         """The objective over all queries of all tasks, a scalar."""
