@@ -41,7 +41,7 @@ class Protocol:
 SQUARES = "Relation, squared error"
 PROTOCOLS = {
     "omniglot": [Protocol(1, [(5, 1), (20, 1)], (0, 1, 2), 1000)],
-    "cifar_fs": [Protocol(k, [(5, k)], (0,), 1500, (SQUARES,)) for k in (1, 5)],
+    "cifar_fs": [Protocol(k, [(5, k)], (0,), 1000, (SQUARES,)) for k in (1, 5)],
 }
 
 
