@@ -183,6 +183,8 @@ def page() -> str:
               r["seed"], r["steps"], r["minutes"], f"{r['device']}, {r['threads']} threads",
               r["torch"], f"`{r['commit']}`"] for k, r in found.items()],
         ),
+        "## Learners that compare",
+        *map(_measured, sorted(folder().glob("compare_*.json"))),
         "## Learned optimisers",
         *map(_measured, sorted(folder().glob("optimizer_*.json"))),
         "## Fine-tuning",

@@ -1,15 +1,19 @@
-"""What several tests of the book share: its root and one fresh build of the site."""
+"""What several tests share: the root, a fresh build of the site, folders of data, no network."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+pytest.register_assert_rewrite("helpers")  # so that a failed check tells its values
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,35 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"the book does not build:\n{done.stdout}\n{done.stderr}"
     return folder / "_build" / "html"
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a cache of the test's own, where no folder of data is named."""
+    monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("METAUTILS_DATA", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of real data sets, named to all tests of a module, with a cache of their own."""
+    from helpers import real_data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAUTILS_DATA", str(real_data()))
+        patch.setenv("METAUTILS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield real_data()
+
+
+@pytest.fixture(
+    params=[urllib.error.URLError("no route to host"), TimeoutError("timed out")],
+    ids=["no route", "timeout"],
+)
+def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that fails, in one of two ways."""
+
+    def fail(*arguments, **named):
+        raise request.param
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)

@@ -1,8 +1,11 @@
-"""What several tests share: small banks and learners, and the folder with real images."""
+"""What several tests share: small banks, learners and archives, and checks of all their kind."""
 
+import copy
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import count, islice
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,29 @@ from torch import Tensor, nn
 
 from metautils.data.bank import ClassBank
 from metautils.episode import Episode
+from metautils.evaluate import evaluate
+from metautils.files import DataError, cache_folder, load_safely
+from metautils.learners.base import Learner
 from metautils.learners.protonet import ProtoNet
+from metautils.nets import classifier
+from metautils.sampling import EpisodeSampler
+from metautils.train import CHECKPOINT, History, meta_train
 
 # On tensors as small as these, threads wait for one another longer than they work.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
+
+RAGGED = [0, 0, 0, 1, 2, 2]  # labels of a support set whose classes differ in size
+LABELS = pytest.mark.parametrize(
+    "labels",
+    [
+        pytest.param(list(range(5)), id="5-way 1-shot"),
+        pytest.param(list(range(3)) * 4, id="3-way 4-shot"),
+        pytest.param(list(range(20)) * 2, id="20-way 2-shot"),
+        pytest.param(RAGGED, id="ragged"),
+    ],
+)
 
 
 def real_data() -> Path:
@@ -26,6 +46,53 @@ def real_data() -> Path:
     if not named:
         pytest.skip("no real images: METAUTILS_DATA is not set and ../shared/data is not there")
     return Path(named)
+
+
+def write_archives(
+    source: Path, parts: Iterable[str], contents: Mapping[str, bytes], method: int = 0
+) -> Path:
+    """A folder with an archive of each part, the first level of the contents' names."""
+    source.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        with zipfile.ZipFile(source / f"{part}.zip", "w", method) as file:
+            for name, content in contents.items():
+                if name.startswith(f"{part}/"):
+                    file.writestr(name, content)
+    return source
+
+
+def write_files(source: Path, contents: Mapping[str, bytes]) -> Path:
+    """A folder with these files below."""
+    for name, content in contents.items():
+        path = source / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return source
+
+
+def told_in_one_line(load: Callable[[], object], sentence: str) -> None:
+    """Loading fails with a DataError of one line in which the sentence is found."""
+    with pytest.raises(DataError, match=sentence) as caught:
+        load()
+    assert "\n" not in str(caught.value)
+
+
+def told_of_folder(
+    load: Callable[[], object], monkeypatch: pytest.MonkeyPatch, root: Path, sentence: str
+) -> None:
+    """Loading from this folder of data fails in one line, and no cache is left."""
+    monkeypatch.setenv("METAUTILS_DATA", str(root))
+    told_in_one_line(load, sentence)
+    assert not list(cache_folder().glob("*.pt"))
+
+
+def told_without_a_trace(
+    load: Callable[[], object], capfd: pytest.CaptureFixture[str], sentence: str
+) -> None:
+    """Loading fails in one line, leaves no cache, and prints nothing beside."""
+    told_in_one_line(load, sentence)
+    assert not list(cache_folder().glob("*.pt"))
+    assert capfd.readouterr().err == ""
 
 
 def numbered(*counts: int) -> ClassBank:
@@ -53,12 +120,29 @@ def tiny(pixels: int = 16, width: int = 8, seed: int = 0, dropout: float = 0.0) 
     return ProtoNet(nn.Sequential(nn.Flatten(), *layers, nn.Linear(16, width)))
 
 
+def group_norm(channels: int) -> nn.Module:
+    """Normalises each image by itself."""
+    return nn.GroupNorm(2, channels)
+
+
+def one_block(norm: Callable[[int], nn.Module]) -> nn.Module:
+    """A classifier of three classes of `blobs`, with one convolution."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Flatten())
+    return classifier(body, 128, 3)
+
+
 def fingerprint(*tensors: Tensor) -> str:
     """sha256 over the bytes of tensors."""
     digest = hashlib.sha256()
     for x in tensors:
         digest.update(x.detach().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of all its parameters and buffers."""
+    return copy.deepcopy(module.state_dict())
 
 
 def same_weights(a: dict, b: dict) -> bool:
@@ -82,6 +166,122 @@ def images_to_learn(
         x = torch.randn(tasks, ways * each, 1, size, size, generator=generator, dtype=dtype)
         parts += [x, torch.arange(ways).repeat(tasks, each)]
     return Episode(*parts, torch.arange(ways).repeat(tasks, 1))
+
+
+def task(
+    labels: Sequence[int],
+    queries: int = 7,
+    tasks: int = 2,
+    shape: tuple[int, ...] = (5,),
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random features of a support set with these labels, in another order in each task."""
+    g = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(len(labels), generator=g) for _ in range(tasks)])
+    support_x = torch.randn(tasks, len(labels), *shape, generator=g)
+    query_x = torch.randn(tasks, queries, *shape, generator=g)
+    return support_x, torch.tensor(labels)[order], query_x
+
+
+def predict(learner: Learner, e: Episode) -> Tensor:
+    """The queries' outputs, without gradient."""
+    with torch.no_grad():
+        return learner(e.support_x, e.support_y, e.query_x)
+
+
+def one_by_one(learner: Learner, e: Episode) -> Tensor:
+    """The same, with each query in a call of its own."""
+    queries = e.query_x.split(1, 1)
+    with torch.no_grad():
+        return torch.cat([learner(e.support_x, e.support_y, q) for q in queries], 1)
+
+
+def together_and_alone(learner: Learner) -> tuple[Tensor, Tensor]:
+    """Outputs in evaluation mode, for all queries of a task in one call and one by one."""
+    e = images_to_learn(ways=5, tasks=1, size=28, dtype=torch.float32)
+    for _ in range(50):  # so that the running statistics are those of the data
+        predict(learner, e)
+    learner.eval()
+    return predict(learner, e), one_by_one(learner, e)
+
+
+def tensors_of(e: Episode) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs and targets of the support, and of the queries."""
+    return e.support_x, e.support_y, e.query_x, e.query_y
+
+
+def check_that_episodes_follow_the_seed(make: Callable[[int], Iterable[Episode]]) -> None:
+    """The same seed draws the same episodes, no two of them alike, and another seed others."""
+    first, again, other = (make(seed) for seed in (4, 4, 5))
+    torch.manual_seed(9)  # the global generator has no part in it
+    several = list(islice(first, 3))
+    for a, b in zip(several, islice(again, 3), strict=True):
+        assert all(map(torch.equal, tensors_of(a), tensors_of(b)))
+    assert not torch.equal(several[0].support_x, several[1].support_x)
+    assert not torch.equal(several[0].support_x, next(iter(other)).support_x)
+
+
+def check_that_the_generator_is_all_it_remembers(sampler) -> None:
+    """Set back to an earlier state, the sampler's generator draws the same episode again."""
+    sampler.sample()
+    state = sampler.generator.get_state()
+    expected = sampler.sample()
+    sampler.generator.set_state(state)
+    assert all(map(torch.equal, tensors_of(sampler.sample()), tensors_of(expected)))
+
+
+def blob_tasks(tasks: int = 8, seed: int = 0) -> EpisodeSampler:
+    """Episodes of three `blobs` with one shot."""
+    return EpisodeSampler(blobs(), 3, 1, 3, tasks, seed=seed)
+
+
+def train_on_blobs(learner: Learner, out: Path, **changed) -> History:
+    """A short training with validations and checkpoints."""
+    judge = EpisodeSampler(blobs(seed=9), 3, 1, 2, seed=5)
+    length = {"steps": 12, "every": 5, "validation_episodes": 6, "progress": False} | changed
+    return meta_train(learner, blob_tasks(tasks=2), validation=judge, out=out, **length)
+
+
+def stop_in(learner: Learner, call: int) -> None:
+    """Let the learner be interrupted in this call of its `meta_loss`, counted from 1."""
+    calls, whole = count(1), learner.meta_loss
+
+    def stopped(episode: Episode) -> tuple[Tensor, Tensor]:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return whole(episode)
+
+    learner.meta_loss = stopped
+
+
+def check_that_a_stopped_training_resumes(
+    make: Callable[[], Learner], call: int, folder: Path
+) -> None:
+    """Interrupted in this call in step 6 to 10 and resumed, it ends bit for bit as without."""
+    whole, cut, resumed = make(), make(), make()
+    history = train_on_blobs(whole, folder / "whole")
+    stop_in(cut, call)
+    with pytest.raises(KeyboardInterrupt):
+        train_on_blobs(cut, folder / "cut")
+    assert load_safely(folder / "cut" / CHECKPOINT)["step"] == 5
+    with torch.no_grad():
+        for p in resumed.parameters():
+            p.zero_()
+    again = train_on_blobs(resumed, folder / "cut")
+    assert same_weights(resumed.state_dict(), whole.state_dict())
+    assert again.loss == history.loss
+    assert again.accuracy == history.accuracy
+    assert again.validation == history.validation
+
+
+def check_that_evaluation_leaves_no_trace(learner: Learner) -> None:
+    """In weights, mode or gradients; nor do queries help one another."""
+    before = weights_of(learner)
+    (score,) = evaluate(learner, blobs(), [(3, 1)], queries=3, episodes=20)
+    assert same_weights(weights_of(learner), before)
+    assert learner.training
+    assert all(p.grad is None for p in learner.parameters())
+    assert not score.transductive
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

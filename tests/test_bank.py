@@ -1,11 +1,12 @@
-"""A bank keeps images, counts, names and attributes together through every change."""
+"""A bank keeps images, counts, names and attributes together through change and storage."""
 
 import pytest
 import torch
 from helpers import numbered
 from torch import nn
 
-from metautils.data.bank import ClassBank, as_float, split_classes
+from metautils.data.bank import ClassBank, as_float, cached, split_classes
+from metautils.files import DataError
 from metautils.precision import fast_autocast
 
 
@@ -132,3 +133,70 @@ def test_to_moves_images_only():
     bank = square().to("meta")
     assert bank.images.device.type == "meta"
     assert bank.counts.device.type == "cpu"
+
+
+# The cache
+
+
+def same(first, second):
+    """Bit for bit."""
+    return first.names == second.names and all(
+        map(torch.equal, (first.images, first.counts), (second.images, second.counts))
+    )
+
+
+def none():
+    raise AssertionError("The cache was there, but the bank was made again.")
+
+
+def test_cache_is_enough_the_second_time(empty_cache):
+    bank = cached("squares", square)
+    assert (empty_cache / "squares.pt").exists()
+    assert same(bank, square())
+    assert same(cached("squares", none), bank)
+
+
+def test_every_name_has_a_cache_of_its_own(empty_cache):
+    cached("squares", square)
+    assert same(cached("numbers", lambda: numbered(2, 3)), numbered(2, 3))
+    assert same(cached("squares", none), square())
+
+
+def test_bank_that_cannot_be_made_leaves_no_cache(empty_cache):
+    def fail():
+        raise DataError("no images")
+
+    with pytest.raises(DataError, match="no images"):
+        cached("squares", fail)
+    assert not (empty_cache / "squares.pt").exists()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def foreign(path):
+    torch.save({"images": torch.zeros(3, 2)}, path)
+
+
+def contradictory(path):
+    torch.save({"images": torch.zeros(3, 2), "counts": torch.tensor([1]), "names": ["a"]}, path)
+
+
+def unrelated(path):
+    torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("damage", [empty, truncate, foreign, contradictory, unrelated])
+def test_damaged_cache_is_made_again(empty_cache, damage):
+    bank, path = cached("squares", square), empty_cache / "squares.pt"
+    whole = path.stat().st_size
+    damage(path)
+    assert path.stat().st_size != whole
+    assert same(cached("squares", square), bank)
+    assert path.stat().st_size == whole
+    assert same(cached("squares", none), bank)

@@ -1,18 +1,15 @@
-"""CIFAR-FS is read the same from every source, and every damage is told in one sentence."""
+"""CIFAR-FS is read the same from every source, split by class, and damage leaves no cache."""
 
 import hashlib
 import io
-import urllib.error
-import urllib.request
-import zipfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import real_data
+from helpers import told_of_folder, told_without_a_trace, write_archives, write_files
 from PIL import Image
 
 from metautils import data
@@ -51,22 +48,8 @@ def webp(pixels):
 
 
 def zipped(root: Path, contents=None) -> Path:
-    source = root / "cifar-fs"
-    source.mkdir(parents=True)
-    for part in CLASSES:
-        with zipfile.ZipFile(source / f"{part}.zip", "w") as file:
-            for name, content in (contents or webps()).items():
-                if name.startswith(f"{part}/"):
-                    file.writestr(name, content)
-    return root
-
-
-def unpacked(root: Path) -> Path:
-    for name, content in webps().items():
-        path = root / "cifar-fs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return root
+    """The folder of data, with CIFAR-FS's archives."""
+    return write_archives(root / "cifar-fs", CLASSES, contents or webps()).parent
 
 
 def torchvision_set(root, train, download):
@@ -86,13 +69,11 @@ def torchvision_set(root, train, download):
 
 
 @pytest.fixture(autouse=True)
-def small(request, tmp_path, monkeypatch):
+def small(request, monkeypatch):
     """A cache of its own for each test, and the size of the tiny CIFAR-FS."""
-    if "real" in request.fixturenames:
-        return
-    monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("METAUTILS_DATA", raising=False)
-    monkeypatch.setattr(cifar_fs, "IMAGES", IMAGES)
+    if "real" not in request.fixturenames:
+        request.getfixturevalue("empty_cache")
+        monkeypatch.setattr(cifar_fs, "IMAGES", IMAGES)
 
 
 def load(monkeypatch, root):
@@ -100,16 +81,8 @@ def load(monkeypatch, root):
     return cifar_fs.load()
 
 
-def kept(tmp_path):
-    return tmp_path / "cache" / "cifar-fs-32.pt"
-
-
-def told(monkeypatch, root, sentence):
-    """Loading fails with one sentence of one line, and no cache is left."""
-    with pytest.raises(DataError, match=sentence) as caught:
-        load(monkeypatch, root)
-    assert "\n" not in str(caught.value)
-    assert not kept(root.parent).exists()
+# Loading fails with one sentence of one line, and no cache is left.
+told = partial(told_of_folder, cifar_fs.load)
 
 
 def same(first, second):
@@ -147,7 +120,8 @@ def test_held_out_classes_are_36():
 def test_every_source_gives_the_same_bits(tmp_path, monkeypatch):
     first = load(monkeypatch, zipped(tmp_path / "a"))
     monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "other"))
-    assert same(load(monkeypatch, unpacked(tmp_path / "b")), first)
+    folders = write_files(tmp_path / "b/cifar-fs", webps())
+    assert same(load(monkeypatch, folders.parent), first)
     monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "third"))
     monkeypatch.delenv("METAUTILS_DATA")
     monkeypatch.setattr("torchvision.datasets.CIFAR100", torchvision_set)
@@ -170,28 +144,19 @@ def test_load_by_name(tmp_path, monkeypatch):
     assert same(data.load("cifar_fs", seed=1), first)
 
 
-def test_cache_is_enough_the_second_time(tmp_path, monkeypatch):
+def test_cache_is_enough_the_second_time(tmp_path, empty_cache, monkeypatch):
     first = load(monkeypatch, zipped(tmp_path / "data"))
-    assert kept(tmp_path).exists()
+    assert (empty_cache / "cifar-fs-32.pt").exists()
     monkeypatch.delenv("METAUTILS_DATA")
     monkeypatch.setattr("torchvision.datasets.CIFAR100", None)
     assert same(cifar_fs.load(), first)
 
 
-def test_damaged_cache_is_made_again(tmp_path, monkeypatch):
-    root = zipped(tmp_path / "data")
-    first = load(monkeypatch, root)
-    whole = kept(tmp_path).stat().st_size
-    kept(tmp_path).write_bytes(kept(tmp_path).read_bytes()[:1000])
-    assert same(load(monkeypatch, root), first)
-    assert kept(tmp_path).stat().st_size == whole
-
-
-def test_wrong_data_folder_is_told_even_with_a_cache(tmp_path, monkeypatch):
+def test_wrong_data_folder_is_told_even_with_a_cache(tmp_path, empty_cache, monkeypatch):
     load(monkeypatch, zipped(tmp_path / "data"))
     with pytest.raises(DataError, match="METAUTILS_DATA is .*gone', which is no folder"):
         load(monkeypatch, tmp_path / "gone")
-    assert kept(tmp_path).exists()
+    assert (empty_cache / "cifar-fs-32.pt").exists()
 
 
 # Damages
@@ -244,37 +209,10 @@ def test_wrong_classes_and_numbers_are_told(tmp_path, monkeypatch, damage, found
     told(monkeypatch, zipped(tmp_path / "data", contents), sentence)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
-@pytest.mark.parametrize("part", CLASSES)
-def test_truncated_archive_is_named(tmp_path, monkeypatch, part, share):
-    archive = zipped(tmp_path / "data") / "cifar-fs" / f"{part}.zip"
-    whole = archive.read_bytes()
-    archive.write_bytes(whole[: int(share * len(whole))])
-    sentence = rf"data/cifar-fs/{part}\.zip is damaged \(.*\): fetch it again"
-    told(monkeypatch, tmp_path / "data", sentence)
-
-
-def test_archive_damaged_inside_is_named(tmp_path, monkeypatch):
-    archive = zipped(tmp_path / "data") / "cifar-fs" / "val.zip"
-    content = bytearray(archive.read_bytes())
-    content[200:240] = bytes(40)  # in the first image
-    archive.write_bytes(content)
-    told(monkeypatch, tmp_path / "data", r"val\.zip is damaged \(Bad CRC")
-
-
-def test_archive_without_its_folder_holds_no_image(tmp_path, monkeypatch):
-    root = zipped(tmp_path / "data")
-    with zipfile.ZipFile(root / "cifar-fs" / "train.zip", "w") as file:
-        file.writestr("apple/0000.webp", webp(np.zeros((32, 32, 3), np.uint8)))
-    told(monkeypatch, root, "here are 36 classes")
-
-
-def test_encrypted_archive_is_named(tmp_path, monkeypatch):
-    archive = zipped(tmp_path / "data") / "cifar-fs" / "val.zip"
-    content = bytearray(archive.read_bytes())
-    content[content.index(b"PK\x01\x02") + 8] |= 1  # the bit that says so, in the list of files
-    archive.write_bytes(content)
-    told(monkeypatch, tmp_path / "data", r"val\.zip is damaged \(.*encrypted")
+def test_damaged_archive_leaves_no_cache(tmp_path, monkeypatch):
+    archive = zipped(tmp_path / "data") / "cifar-fs" / "test.zip"
+    archive.write_bytes(archive.read_bytes()[:1000])
+    told(monkeypatch, tmp_path / "data", r"cifar-fs/test\.zip is damaged")
 
 
 def test_image_of_another_size_is_told(tmp_path, monkeypatch):
@@ -283,48 +221,19 @@ def test_image_of_another_size_is_told(tmp_path, monkeypatch):
     told(monkeypatch, root, "An image of rose is not 32x32 in colour: fetch CIFAR-100 again")
 
 
-def test_corrupt_image_is_named(tmp_path, monkeypatch):
-    name = "train/thing_11/0002.webp"
-    root = unpacked(tmp_path / "data")
-    (root / "cifar-fs" / name).write_bytes(webps()[name][:100])
-    sentence = r"thing_11/0002\.webp is no readable image \(.*\): fetch CIFAR-FS again"
-    told(monkeypatch, root, sentence)
-
-
-def test_corrupt_image_in_an_archive_is_named(tmp_path, monkeypatch):
-    contents = webps() | {"test/rose/0000.webp": b"no image"}
-    root = zipped(tmp_path / "data", contents)
-    told(monkeypatch, root, r"^test/rose/0000\.webp is no readable image")
-
-
 @pytest.mark.parametrize("part", CLASSES)
-def test_missing_part_tells_what_was_looked_for(tmp_path, monkeypatch, part):
+def test_missing_part_is_told(tmp_path, monkeypatch, part):
     root = zipped(tmp_path / "data")
     (root / "cifar-fs" / f"{part}.zip").unlink()
+    told(monkeypatch, root, rf"data/cifar-fs/{part}/ exists: put CIFAR-FS's {part} there")
+
+
+def test_no_network_is_told(empty_cache, offline, capfd):
     sentence = (
-        rf"Neither .*data/cifar-fs/{part}\.zip nor .*data/cifar-fs/{part}/ exists: put CIFAR-FS's "
-        rf"{part} there, or unset METAUTILS_DATA to download it"
+        rf"CIFAR-100 is not in {empty_cache}/\S+ and could not be downloaded .* set METAUTILS_DATA "
+        r"to a folder that holds cifar-fs/train\.zip, val\.zip .*, or use data='glyphs'"
     )
-    told(monkeypatch, root, sentence)
-
-
-@pytest.mark.parametrize(
-    "error", [urllib.error.URLError("no route to host"), TimeoutError("timed out")]
-)
-def test_no_network_is_told(tmp_path, monkeypatch, error, capfd):
-    def offline(*arguments, **named):
-        raise error
-
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    with pytest.raises(DataError, match="CIFAR-100 is not in .* and could not be downloaded") as e:
-        cifar_fs.load()
-    message = str(e.value)
-    assert str(tmp_path / "cache") in message
-    assert "set METAUTILS_DATA to a folder that holds cifar-fs/train.zip, val.zip" in message
-    assert "data='glyphs'" in message
-    assert "\n" not in message
-    assert not kept(tmp_path).exists()
-    assert capfd.readouterr().err == ""
+    told_without_a_trace(cifar_fs.load, capfd, sentence)
 
 
 # With the real images
@@ -337,12 +246,9 @@ NAMES = {  # sha256 of the names, in order, in the lists of Bertinetto et al. as
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """The three parts of the real images, read once into a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAUTILS_DATA", str(real_data()))
-        patch.setenv("METAUTILS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield cifar_fs.load()
+def real(real_folder):
+    """The three parts of the real images."""
+    return cifar_fs.load()
 
 
 def test_real_sizes(real):

@@ -1,18 +1,28 @@
 """MAML and its kin: exact meta-gradients, what each adapts, and that they learn."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from helpers import (
+    blob_tasks,
     blobs,
+    check_that_a_stopped_training_resumes,
+    check_that_evaluation_leaves_no_trace,
     flat,
     gradient,
+    group_norm,
     images_to_learn,
+    one_block,
+    one_by_one,
+    predict,
     relative,
     same_weights,
     slope_error,
+    train_on_blobs,
+    weights_of,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -25,8 +35,7 @@ from metautils.learners.maml import FOMAML, MAML
 from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.reptile import Reptile
 from metautils.nets import BatchNorm, Conv4, classifier, mlp
-from metautils.sampling import EpisodeSampler
-from metautils.train import CHECKPOINT, CheckpointMismatch, meta_train
+from metautils.train import CheckpointMismatch, meta_train
 
 LEARNERS = [MAML, FOMAML, ANIL, MetaSGD, Reptile]
 ALL = pytest.mark.parametrize("kind", LEARNERS)
@@ -35,10 +44,6 @@ TRANSDUCTIVE = pytest.mark.parametrize(
     "transductive", [True, False], ids=["transductive", "inductive"]
 )
 VECTORISE = pytest.mark.parametrize("vectorise", [True, False], ids=["vmap", "loop"])
-
-
-def group_norm(channels):
-    return nn.GroupNorm(2, channels)
 
 
 def conv(kind, steps=1, strided=True, norm=BatchNorm, seed=0, **options):
@@ -51,18 +56,7 @@ def conv(kind, steps=1, strided=True, norm=BatchNorm, seed=0, **options):
 
 def small(kind, norm=BatchNorm, **options):
     """A learner on one block, for `blobs`."""
-    torch.manual_seed(0)
-    body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Flatten())
-    return kind(classifier(body, 128, 3), **options)
-
-
-def weights_of(learner):
-    return {name: x.clone() for name, x in learner.state_dict().items()}
-
-
-def predict(learner, e):
-    with torch.no_grad():
-        return learner(e.support_x, e.support_y, e.query_x)
+    return kind(one_block(norm), **options)
 
 
 # Meta-gradients
@@ -259,10 +253,7 @@ def test_queries_one_at_a_time(kind, strided, norm, transductive):
     """Change nothing for a learner that calls itself inductive, and much for a transductive one."""
     learner, e = conv(kind, 2, strided, norm, transductive=transductive).eval(), images_to_learn()
     assert learner.transductive == (transductive and norm is BatchNorm)
-    together = predict(learner, e)
-    x, y = e.support_x, e.support_y
-    with torch.no_grad():
-        alone = torch.cat([learner(x, y, e.query_x[:, k : k + 1]) for k in range(6)], 1)
+    together, alone = predict(learner, e), one_by_one(learner, e)
     if learner.transductive:
         assert relative(alone, together) > 0.01
     else:
@@ -334,13 +325,7 @@ def test_predicting_leaves_the_learner_as_it_was(kind, vectorise, transductive):
 
 @ALL
 def test_evaluation_leaves_the_learner_as_it_was(kind):
-    learner = small(kind, group_norm, test_steps=3)
-    before = weights_of(learner)
-    (score,) = evaluate(learner, blobs(), [(3, 1)], queries=3, episodes=20)
-    assert same_weights(weights_of(learner), before)
-    assert learner.training
-    assert all(p.grad is None for p in learner.parameters())
-    assert not score.transductive
+    check_that_evaluation_leaves_no_trace(small(kind, group_norm, test_steps=3))
 
 
 @TRANSDUCTIVE
@@ -404,10 +389,6 @@ def test_anil_needs_a_head():
 # Learning
 
 
-def source(tasks=8, seed=0):
-    return EpisodeSampler(blobs(), 3, 1, 3, tasks, seed=seed)
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "steps"),
     [
@@ -422,50 +403,19 @@ def test_training_raises_the_accuracy(kind, options, steps):
     learner = small(kind, **({"lr": 0.05} | options))
 
     def accuracy():
-        return float(episode_accuracy(learner, source(50, seed=3), 100).mean())
+        return float(episode_accuracy(learner, blob_tasks(50, seed=3), 100).mean())
 
     before = accuracy()
-    history = meta_train(learner, source(), steps, lr=1e-2, progress=False)
+    history = meta_train(learner, blob_tasks(), steps, lr=1e-2, progress=False)
     assert len(history.loss) == len(history.accuracy) == steps
     assert accuracy() > max(80, before + 10)
 
 
-class Stopped(MAML):
-    """Interrupted in one of its steps."""
-
-    calls, at = 0, 0
-
-    def meta_loss(self, episode):
-        self.calls += 1
-        if self.calls == self.at:
-            raise KeyboardInterrupt
-        return super().meta_loss(episode)
-
-
-def run(learner, out, **changed):
-    judge = EpisodeSampler(blobs(seed=9), 3, 1, 2, seed=5)
-    length = {"steps": 12, "every": 5, "validation_episodes": 6, "progress": False}
-    return meta_train(learner, source(tasks=2), validation=judge, out=out, **(length | changed))
-
-
 @VECTORISE
 def test_interrupted_and_resumed_ends_bit_identical(tmp_path, vectorise):
-    whole = small(MAML, steps=2, vectorise=vectorise)
-    history = run(whole, tmp_path / "whole")
-    cut = small(Stopped, steps=2, vectorise=vectorise)
-    # Where tasks are run one by one, each is one call.
-    cut.at = 8 if vectorise else 16
-    with pytest.raises(KeyboardInterrupt):
-        run(cut, tmp_path / "cut")
-    assert (tmp_path / "cut" / CHECKPOINT).exists()
-    resumed = small(MAML, steps=2, vectorise=vectorise)
-    with torch.no_grad():
-        resumed.net.head.weight.zero_()
-    again = run(resumed, tmp_path / "cut")
-    assert same_weights(resumed.state_dict(), whole.state_dict())
-    assert again.loss == history.loss
-    assert again.accuracy == history.accuracy
-    assert again.validation == history.validation
+    call = 8 if vectorise else 16  # where tasks are run one by one, each is one call
+    make = partial(small, MAML, steps=2, vectorise=vectorise)
+    check_that_a_stopped_training_resumes(make, call, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -473,11 +423,11 @@ def test_interrupted_and_resumed_ends_bit_identical(tmp_path, vectorise):
     [({"lr": 0.2}, "lr=0.4"), ({"steps": 2}, "steps=1"), ({"transductive": True}, "transductive")],
 )
 def test_resuming_with_another_inner_loop_is_refused(tmp_path, changed, told):
-    run(small(MAML, transductive=False), tmp_path, steps=1)
+    train_on_blobs(small(MAML, transductive=False), tmp_path, steps=1)
     other = small(MAML, **({"transductive": False} | changed))
     before = weights_of(other)
     with pytest.raises(CheckpointMismatch, match=rf"was made with learner=.*{told}.*, not ") as got:
-        run(other, tmp_path, steps=1)
+        train_on_blobs(other, tmp_path, steps=1)
     assert other.extra_repr() in str(got.value)
     assert same_weights(weights_of(other), before)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import images_to_learn, slope_error
+from helpers import LABELS, RAGGED, images_to_learn, slope_error, task, together_and_alone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,29 +14,7 @@ from metautils.learners.matching_net import MatchingNet
 from metautils.learners.protonet import ProtoNet, cosine
 from metautils.nets import Conv4
 
-RAGGED = [0, 0, 0, 1, 2, 2]  # labels of a support set whose classes differ in size
-LABELS = pytest.mark.parametrize(
-    "labels",
-    [
-        pytest.param(list(range(5)), id="5-way 1-shot"),
-        pytest.param(list(range(3)) * 4, id="3-way 4-shot"),
-        pytest.param(list(range(20)) * 2, id="20-way 2-shot"),
-        pytest.param(RAGGED, id="ragged"),
-    ],
-)
 SCALES = pytest.mark.parametrize("scale", [0.5, 1.0, 10.0])
-
-
-def task(labels, queries=7, dimensions=5, tasks=2, seed=0):
-    """Random features of a support set with these labels, in another order in each task."""
-    g = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(len(labels), generator=g) for _ in range(tasks)])
-    support_x = torch.randn(tasks, len(labels), dimensions, generator=g)
-    return (
-        support_x,
-        torch.tensor(labels)[order],
-        torch.randn(tasks, queries, dimensions, generator=g),
-    )
 
 
 def matching(scale=1.0):
@@ -214,13 +192,7 @@ def test_queries_one_at_a_time_change_nothing():
     """The method is inductive: in evaluation mode a query says nothing about another."""
     torch.manual_seed(0)
     net = MatchingNet(Conv4(width=8), scale=10)
-    x, q = torch.rand(1, 10, 1, 28, 28), torch.rand(1, 9, 1, 28, 28)
-    y = torch.arange(5).repeat(1, 2)
-    for _ in range(50):  # so that the running statistics are those of the data
-        net(x, y, q)
-    net.eval()
-    alone = torch.cat([net(x, y, q[:, k : k + 1]) for k in range(9)], 1)
-    together = net(x, y, q)
+    together, alone = together_and_alone(net)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert together.std() > 0.01
     assert not net.transductive

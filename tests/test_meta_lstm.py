@@ -1,18 +1,25 @@
 """The Meta-LSTM: its cell, exact meta-gradients, batch normalisation, and that it learns."""
 
-import copy
 import math
 
 import pytest
 import torch
 from helpers import (
-    blobs,
+    blob_tasks,
+    check_that_a_stopped_training_resumes,
+    check_that_evaluation_leaves_no_trace,
     flat,
     gradient,
+    group_norm,
     images_to_learn,
+    one_block,
+    one_by_one,
+    predict,
     relative,
     same_weights,
     slope_error,
+    train_on_blobs,
+    weights_of,
 )
 from test_learned_optimizer import Noted, norms_seen_by_adam
 from torch import nn
@@ -21,13 +28,11 @@ from torch.nn import functional as F
 from metautils.adapt import SGD, adapt
 from metautils.data.regression import SINUSOIDS, RegressionSampler
 from metautils.episode import Episode
-from metautils.evaluate import episode_accuracy, evaluate
-from metautils.files import load_safely
+from metautils.evaluate import episode_accuracy
 from metautils.learners.learned_optimizer import log_sign
 from metautils.learners.meta_lstm import MetaLSTM, MetaLSTMCell
 from metautils.nets import BatchNorm, classifier, mlp
-from metautils.sampling import EpisodeSampler
-from metautils.train import CHECKPOINT, CheckpointMismatch, meta_train
+from metautils.train import CheckpointMismatch, meta_train
 
 FIRST_ORDER = pytest.mark.parametrize("first_order", [True, False], ids=["first", "second"])
 
@@ -40,10 +45,6 @@ def running(channels):
 def own_batch(channels):
     """The same without running averages."""
     return nn.BatchNorm2d(channels, track_running_stats=False)
-
-
-def group_norm(channels):
-    return nn.GroupNorm(2, channels)
 
 
 def conv_net(norm=running):
@@ -89,21 +90,6 @@ def small_images():
 
 def fields(e):
     return e.support_x, e.support_y, e.query_x, e.query_y, e.classes
-
-
-def predict(learner, e):
-    with torch.no_grad():
-        return learner(e.support_x, e.support_y, e.query_x)
-
-
-def one_by_one(learner, e):
-    queries = e.query_x.split(1, 1)
-    with torch.no_grad():
-        return torch.cat([learner(e.support_x, e.support_y, q) for q in queries], 1)
-
-
-def weights_of(learner):
-    return copy.deepcopy(learner.state_dict())
 
 
 def fit(x, y):
@@ -388,13 +374,7 @@ def test_network_given_in_evaluation_mode_makes_the_same_steps():
 
 
 def test_evaluation_leaves_the_learner_as_it_was():
-    learner = small(steps=2)
-    before = weights_of(learner)
-    (score,) = evaluate(learner, blobs(), [(3, 1)], queries=3, episodes=10)
-    assert same_weights(weights_of(learner), before)
-    assert learner.training
-    assert all(p.grad is None for p in learner.parameters())
-    assert not score.transductive
+    check_that_evaluation_leaves_no_trace(small(steps=2))
 
 
 def test_steps_of_tests_are_those_of_training():
@@ -409,13 +389,7 @@ def test_steps_of_tests_are_those_of_training():
 
 def small(norm=running, steps=3, **options):
     """A learner on one block, for `blobs`."""
-    torch.manual_seed(0)
-    body = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Flatten())
-    return MetaLSTM(classifier(body, 128, 3), steps, **options)
-
-
-def source(tasks=8, seed=0):
-    return EpisodeSampler(blobs(), 3, 1, 3, tasks, seed=seed)
+    return MetaLSTM(one_block(norm), steps, **options)
 
 
 @pytest.mark.parametrize("norm", [running, group_norm])
@@ -423,10 +397,10 @@ def test_training_raises_the_accuracy(norm):
     learner = small(norm)
 
     def accuracy():
-        return float(episode_accuracy(learner, source(25, seed=3), 50).mean())
+        return float(episode_accuracy(learner, blob_tasks(25, seed=3), 50).mean())
 
     before = accuracy()
-    history = meta_train(learner, source(4), 40, lr=1e-2, progress=False)
+    history = meta_train(learner, blob_tasks(4), 40, lr=1e-2, progress=False)
     assert len(history.loss) == len(history.accuracy) == 40
     assert accuracy() > max(70, before + 15)
 
@@ -434,7 +408,7 @@ def test_training_raises_the_accuracy(norm):
 def test_training_moves_start_and_cell():
     learner = small()
     before = weights_of(learner)
-    meta_train(learner, source(2), 1, progress=False)
+    meta_train(learner, blob_tasks(2), 1, progress=False)
     after = learner.state_dict()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same == {name for name, _ in learner.named_buffers()}
@@ -447,41 +421,9 @@ def test_regression_is_learned_as_well():
     assert history.accuracy == []
 
 
-class Stopped(MetaLSTM):
-    """Interrupted in one of its tasks."""
-
-    calls = 0
-
-    def meta_loss(self, episode):
-        self.calls += 1
-        if self.calls == 16:  # the second task of the eighth episode
-            raise KeyboardInterrupt
-        return super().meta_loss(episode)
-
-
-def run(learner, out, **changed):
-    judge = EpisodeSampler(blobs(seed=9), 3, 1, 2, seed=5)
-    length = {"steps": 12, "every": 5, "validation_episodes": 6, "progress": False}
-    return meta_train(learner, source(tasks=2), validation=judge, out=out, **(length | changed))
-
-
 def test_interrupted_and_resumed_ends_bit_identical(tmp_path):
-    whole = small()
-    history = run(whole, tmp_path / "whole")
-    cut = small()
-    cut.__class__ = Stopped
-    with pytest.raises(KeyboardInterrupt):
-        run(cut, tmp_path / "cut")
-    assert load_safely(tmp_path / "cut" / CHECKPOINT)["step"] == 5
-    resumed = small()
-    with torch.no_grad():
-        resumed.net.head.weight.zero_()
-        resumed.cell.W_F.zero_()
-    again = run(resumed, tmp_path / "cut")
-    assert same_weights(resumed.state_dict(), whole.state_dict())
-    assert again.loss == history.loss
-    assert again.accuracy == history.accuracy
-    assert again.validation == history.validation
+    """In the second task of the eighth episode: each is one call."""
+    check_that_a_stopped_training_resumes(small, 16, tmp_path)
 
 
 def test_settings_are_told():
@@ -496,9 +438,9 @@ def test_settings_are_told():
     [({"steps": 2}, "steps=3"), ({"clip": 1.0}, "clip=10.0"), ({"first_order": False}, "er=True")],
 )
 def test_resuming_with_another_inner_loop_is_refused(tmp_path, changed, told):
-    run(small(), tmp_path, steps=1)
+    train_on_blobs(small(), tmp_path, steps=1)
     with pytest.raises(CheckpointMismatch, match=f"was made with learner=.*{told}.*, not "):
-        run(small(**changed), tmp_path, steps=1)
+        train_on_blobs(small(**changed), tmp_path, steps=1)
 
 
 def test_meta_gradient_is_clipped_at_a_quarter(monkeypatch):
@@ -507,7 +449,7 @@ def test_meta_gradient_is_clipped_at_a_quarter(monkeypatch):
     for clip in (MetaLSTM.meta_clip, None):
         learner = small()
         learner.meta_clip = clip
-        found[clip] = norms_seen_by_adam(monkeypatch, learner, source(2))
+        found[clip] = norms_seen_by_adam(monkeypatch, learner, blob_tasks(2))
     assert len(found[0.25]) == len(found[None]) == 3
     assert found[None][0] > 0.5
     assert found[0.25][0] == pytest.approx(0.25, rel=1e-4)

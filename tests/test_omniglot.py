@@ -1,15 +1,14 @@
-"""Omniglot is read the same from every source, and every damage is told in one sentence."""
+"""Omniglot is read the same from every source, split as asked, and damage leaves no cache."""
 
 import io
-import urllib.error
-import urllib.request
 import zipfile
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import real_data
+from helpers import told_of_folder, told_without_a_trace, write_archives, write_files
 from PIL import Image
 
 from metautils.data import omniglot
@@ -31,48 +30,38 @@ def png(seed):
     return file.getvalue()
 
 
+@cache
 def drawings():
-    """Path inside the archives, and PNG, of every drawing of a tiny Omniglot."""
-    seed = 0
-    for part, alphabets in ALPHABETS.items():
-        for alphabet in alphabets:
-            for c in range(1, CHARACTERS + 1):
-                for d in range(1, DRAWINGS + 1):
-                    seed += 1
-                    yield f"{part}/{alphabet}/character{c:02d}/{seed:04d}_{d:02d}.png", png(seed)
+    """PNG of every drawing of a tiny Omniglot, by its path inside the archives."""
+    characters = [
+        f"{part}/{alphabet}/character{c:02d}"
+        for part, alphabets in ALPHABETS.items()
+        for alphabet in alphabets
+        for c in range(1, CHARACTERS + 1)
+    ]
+    paths = [(character, d) for character in characters for d in range(1, DRAWINGS + 1)]
+    return {
+        f"{character}/{seed:04d}_{d:02d}.png": png(seed)
+        for seed, (character, d) in enumerate(paths, start=1)
+    }
 
 
 def zipped(root: Path) -> Path:
+    """The folder of data, with Omniglot's archives."""
     source = root / "omniglot-py"
-    source.mkdir(parents=True)
-    for part in ALPHABETS:
-        with zipfile.ZipFile(source / f"{part}.zip", "w", zipfile.ZIP_DEFLATED) as file:
-            for name, content in drawings():
-                if name.startswith(part):
-                    file.writestr(name, content)
-    return root
-
-
-def unpacked(root: Path) -> Path:
-    for name, content in drawings():
-        path = root / "omniglot-py" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return root
+    return write_archives(source, ALPHABETS, drawings(), zipfile.ZIP_DEFLATED).parent
 
 
 @pytest.fixture(autouse=True)
-def small(request, tmp_path, monkeypatch):
+def small(request, monkeypatch):
     """A cache of its own for each test, and the sizes of the tiny Omniglot."""
-    if "real" in request.fixturenames:
-        return
-    monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("METAUTILS_DATA", raising=False)
-    a_class = CHARACTERS * DRAWINGS
-    sizes = {part: len(alphabets) * a_class for part, alphabets in ALPHABETS.items()}
-    monkeypatch.setattr(omniglot, "DRAWINGS", sizes)
-    monkeypatch.setattr(omniglot, "RANDOM_SPLIT", (4, 1, 3))
-    monkeypatch.setattr(omniglot, "VALIDATION_ALPHABETS", 1)
+    if "real" not in request.fixturenames:
+        request.getfixturevalue("empty_cache")
+        a_class = CHARACTERS * DRAWINGS
+        sizes = {part: len(alphabets) * a_class for part, alphabets in ALPHABETS.items()}
+        monkeypatch.setattr(omniglot, "DRAWINGS", sizes)
+        monkeypatch.setattr(omniglot, "RANDOM_SPLIT", (4, 1, 3))
+        monkeypatch.setattr(omniglot, "VALIDATION_ALPHABETS", 1)
 
 
 def everything(monkeypatch, root):
@@ -80,17 +69,8 @@ def everything(monkeypatch, root):
     return omniglot.everything()
 
 
-def cache(tmp_path):
-    return tmp_path / "cache" / "omniglot-28.pt"
-
-
-def told(monkeypatch, root, sentence):
-    """Loading fails with one sentence of one line, and no cache is left."""
-    with pytest.raises(DataError, match=sentence) as caught:
-        everything(monkeypatch, root)
-    assert "\n" not in str(caught.value)
-    assert not cache(root.parent).exists()
-    return str(caught.value)
+# Loading fails with one sentence of one line, and no cache is left.
+told = partial(told_of_folder, omniglot.everything)
 
 
 def test_archives_give_the_images(tmp_path, monkeypatch):
@@ -104,7 +84,7 @@ def test_archives_give_the_images(tmp_path, monkeypatch):
         "images_background/Bb_(x)/character01",
     )
     assert bank.names[-1] == "images_evaluation/Dd/character02"
-    originals = [np.asarray(Image.open(io.BytesIO(content))) for _, content in drawings()]
+    originals = [np.asarray(Image.open(io.BytesIO(content))) for content in drawings().values()]
     for image, original in zip(bank.images, originals, strict=True):
         ink = np.where(original, 0, 255)
         assert float(image.float().mean()) == pytest.approx(ink.mean(), abs=1)
@@ -123,112 +103,47 @@ def test_ink_is_high_on_0(tmp_path, monkeypatch):
 def test_unpacked_equals_zipped(tmp_path, monkeypatch):
     first = everything(monkeypatch, zipped(tmp_path / "a"))
     monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "other"))
-    second = everything(monkeypatch, unpacked(tmp_path / "b"))
+    second = everything(monkeypatch, write_files(tmp_path / "b/omniglot-py", drawings()).parent)
     assert first.names == second.names
     assert torch.equal(first.images, second.images)
     assert torch.equal(first.counts, second.counts)
 
 
-def test_cache_is_enough_the_second_time(tmp_path, monkeypatch):
+def test_cache_is_enough_the_second_time(tmp_path, empty_cache, monkeypatch):
     first = everything(monkeypatch, zipped(tmp_path / "data"))
-    assert cache(tmp_path).exists()
+    assert (empty_cache / "omniglot-28.pt").exists()
     monkeypatch.delenv("METAUTILS_DATA")
     second = omniglot.everything()
     assert second.names == first.names
     assert torch.equal(second.images, first.images)
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-def foreign(path):
-    torch.save({"images": torch.zeros(3, 2)}, path)
-
-
-def contradictory(path):
-    torch.save({"images": torch.zeros(3, 2), "counts": torch.tensor([1]), "names": ["a"]}, path)
-
-
-def unrelated(path):
-    torch.save([1, 2], path)
-
-
-@pytest.mark.parametrize("damage", [truncate, foreign, contradictory, unrelated])
-def test_damaged_cache_is_made_again(tmp_path, monkeypatch, damage):
-    root = zipped(tmp_path / "data")
-    first = everything(monkeypatch, root)
-    damage(cache(tmp_path))
-    assert torch.equal(everything(monkeypatch, root).images, first.images)
-    monkeypatch.delenv("METAUTILS_DATA")
-    assert torch.equal(omniglot.everything().images, first.images)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
 @pytest.mark.parametrize("part", ALPHABETS)
-def test_truncated_archive_is_named(tmp_path, monkeypatch, part, share):
-    archive = zipped(tmp_path / "data") / "omniglot-py" / f"{part}.zip"
-    whole = archive.read_bytes()
-    archive.write_bytes(whole[: int(share * len(whole))])
-    sentence = rf"data/omniglot-py/{part}\.zip is damaged \(.*\): fetch it again"
-    told(monkeypatch, tmp_path / "data", sentence)
-
-
-def test_archive_damaged_inside_is_named(tmp_path, monkeypatch):
-    archive = zipped(tmp_path / "data") / "omniglot-py" / "images_background.zip"
-    content = bytearray(archive.read_bytes())
-    content[80:120] = bytes(40)  # in the first compressed drawing
-    archive.write_bytes(content)
-    told(monkeypatch, tmp_path / "data", r"images_background\.zip is damaged")
-
-
-def test_corrupt_image_is_named(tmp_path, monkeypatch):
-    name = "images_background/Cc/character02/0018_03.png"
-    root = unpacked(tmp_path / "data")
-    (root / "omniglot-py" / name).write_bytes(png(0)[:60])
-    told(monkeypatch, root, r"Cc/character02/0018_03\.png is no readable image.*fetch Omniglot ag")
-
-
-def test_corrupt_image_in_an_archive_is_named(tmp_path, monkeypatch):
-    archive = zipped(tmp_path / "data") / "omniglot-py" / "images_evaluation.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("images_evaluation/Dd/character01/0019_01.png", b"no image")
-    told(monkeypatch, tmp_path / "data", r"Dd/character01/0019_01\.png is no readable image")
+def test_missing_set_is_told(tmp_path, monkeypatch, part):
+    root = zipped(tmp_path / "data")
+    (root / "omniglot-py" / f"{part}.zip").unlink()
+    told(monkeypatch, root, rf"data/omniglot-py/{part}/ exists: put Omniglot's {part} there")
 
 
 def test_missing_drawings_are_counted(tmp_path, monkeypatch):
-    root = unpacked(tmp_path / "data")
-    (root / "omniglot-py" / "images_evaluation/Dd/character01/0019_01.png").unlink()
+    fewer = dict(drawings())
+    del fewer["images_evaluation/Dd/character01/0019_01.png"]
+    root = write_files(tmp_path / "data/omniglot-py", fewer).parent
     told(monkeypatch, root, r"images_evaluation holds 5 drawings, not 6: fetch Omniglot again")
 
 
-@pytest.mark.parametrize("part", ALPHABETS)
-def test_missing_set_tells_what_was_looked_for(tmp_path, monkeypatch, part):
-    root = zipped(tmp_path / "data")
-    (root / "omniglot-py" / f"{part}.zip").unlink()
+def test_damaged_archive_leaves_no_cache(tmp_path, monkeypatch):
+    archive = zipped(tmp_path / "data") / "omniglot-py" / "images_evaluation.zip"
+    archive.write_bytes(archive.read_bytes()[:1000])
+    told(monkeypatch, tmp_path / "data", r"omniglot-py/images_evaluation\.zip is damaged")
+
+
+def test_no_network_is_told(empty_cache, offline, capfd):
     sentence = (
-        rf"Neither .*data/omniglot-py/{part}\.zip nor .*data/omniglot-py/{part}/ exists: put "
-        rf"Omniglot's {part} there, or unset METAUTILS_DATA to download it"
+        rf"Omniglot is not in {empty_cache}/\S+ and could not be downloaded .* set METAUTILS_DATA "
+        r"to a folder that holds omniglot-py/images_background\.zip .*, or use data='glyphs'"
     )
-    told(monkeypatch, root, sentence)
-
-
-@pytest.mark.parametrize(
-    "error", [urllib.error.URLError("no route to host"), TimeoutError("timed out")]
-)
-def test_no_network_is_told(tmp_path, monkeypatch, error, capfd):
-    def offline(*arguments, **named):
-        raise error
-
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    with pytest.raises(DataError, match="Omniglot is not in .* and could not be downloaded") as e:
-        omniglot.load()
-    message = str(e.value)
-    assert str(tmp_path / "cache") in message
-    assert "set METAUTILS_DATA to a folder that holds omniglot-py/images_background.zip" in message
-    assert "data='glyphs'" in message
-    assert "\n" not in message
-    assert capfd.readouterr().err == ""
+    told_without_a_trace(omniglot.load, capfd, sentence)
 
 
 def test_download_is_read_like_a_folder(tmp_path, monkeypatch):
@@ -241,11 +156,11 @@ def test_download_is_read_like_a_folder(tmp_path, monkeypatch):
     assert len(omniglot.everything()) == 8
 
 
-def test_wrong_data_folder_is_told_even_with_a_cache(tmp_path, monkeypatch):
+def test_wrong_data_folder_is_told_even_with_a_cache(tmp_path, empty_cache, monkeypatch):
     everything(monkeypatch, zipped(tmp_path / "data"))
     with pytest.raises(DataError, match="METAUTILS_DATA is .*gone', which is no folder"):
         everything(monkeypatch, tmp_path / "gone")
-    assert cache(tmp_path).exists()
+    assert (empty_cache / "omniglot-28.pt").exists()
 
 
 def test_unknown_split_is_told():
@@ -262,12 +177,9 @@ def test_page_of_ink_and_page_of_paper():
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """The folder of real images, read once into a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAUTILS_DATA", str(real_data()))
-        patch.setenv("METAUTILS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield omniglot.everything()
+def real(real_folder):
+    """All characters of the real images."""
+    return omniglot.everything()
 
 
 @pytest.mark.parametrize("split", ["random", "background"])

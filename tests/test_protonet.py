@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import LABELS, RAGGED, task, together_and_alone
 from torch import nn
 
 from metautils.learners.protonet import (
@@ -15,16 +16,6 @@ from metautils.learners.protonet import (
 from metautils.nets import Conv4
 
 DISTANCES = [squared_euclidean, euclidean, cosine]
-RAGGED = [0, 0, 0, 1, 2, 2]  # labels of a support set whose classes differ in size
-
-
-def task(labels, queries=7, dimensions=5, tasks=2, seed=0):
-    """Random features of a support set with these labels, in another order in each task."""
-    g = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(len(labels), generator=g) for _ in range(tasks)])
-    support_y = torch.tensor(labels)[order]
-    support_x = torch.randn(tasks, len(labels), dimensions, generator=g)
-    return support_x, support_y, torch.randn(tasks, queries, dimensions, generator=g)
 
 
 def textbook(support_x, support_y, query_x):
@@ -44,15 +35,7 @@ def textbook(support_x, support_y, query_x):
     return torch.from_numpy(result).float()
 
 
-LABELS = [
-    pytest.param(list(range(5)), id="5-way 1-shot"),
-    pytest.param(list(range(3)) * 4, id="3-way 4-shot"),
-    pytest.param(list(range(20)) * 2, id="20-way 2-shot"),
-    pytest.param(RAGGED, id="ragged"),
-]
-
-
-@pytest.mark.parametrize("labels", LABELS)
+@LABELS
 def test_equals_the_textbook(labels):
     x, y, q = task(labels)
     logits = ProtoNet(nn.Identity())(x, y, q)
@@ -60,7 +43,7 @@ def test_equals_the_textbook(labels):
     torch.testing.assert_close(logits.log_softmax(-1), textbook(x, y, q), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("labels", LABELS)
+@LABELS
 @pytest.mark.parametrize("distance", [squared_euclidean, euclidean])
 def test_predicts_like_easyfsl(labels, distance):
     """easyfsl takes the root of the distance; the nearest prototype stays the same."""
@@ -95,14 +78,7 @@ def test_order_of_the_support_set_does_not_matter():
 def test_queries_one_at_a_time_change_nothing():
     """The method is inductive: in evaluation mode a query says nothing about another."""
     torch.manual_seed(0)
-    learner = ProtoNet(Conv4(width=8))
-    x, q = torch.rand(1, 10, 1, 28, 28), torch.rand(1, 9, 1, 28, 28)
-    y = torch.arange(5).repeat(1, 2)
-    for _ in range(50):  # so that the running statistics are those of the data
-        learner(x, y, q)
-    learner.eval()
-    alone = torch.cat([learner(x, y, q[:, k : k + 1]) for k in range(9)], 1)
-    together = learner(x, y, q)
+    together, alone = together_and_alone(ProtoNet(Conv4(width=8)))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert together.std() > 0.01
 

@@ -1,25 +1,24 @@
 """Quadratic tasks are what the paper says they are, drawn the same from the same seed."""
 
-from itertools import islice
-
 import pytest
 import torch
+from helpers import (
+    check_that_episodes_follow_the_seed,
+    check_that_the_generator_is_all_it_remembers,
+    tensors_of,
+)
 from torch import nn
 
 from metautils.data.quadratics import QuadraticSampler
 from metautils.learners.base import task_loss
 
 
-def parts(episode):
-    return episode.support_x, episode.support_y, episode.query_x, episode.query_y
-
-
 @pytest.mark.parametrize(("dimensions", "tasks"), [(10, 16), (3, 5), (1, 1)])
 def test_shapes(dimensions, tasks):
     episode = QuadraticSampler(dimensions, tasks).sample()
-    w, y, *queries = parts(episode)
+    w, y, *queries = tensors_of(episode)
     assert (w.shape, y.shape) == ((tasks, dimensions, dimensions), (tasks, dimensions, 1))
-    assert {z.dtype for z in parts(episode)} == {torch.float32}
+    assert {z.dtype for z in tensors_of(episode)} == {torch.float32}
     assert all(torch.equal(a, b) for a, b in zip(queries, (w, y), strict=True))
     assert episode.tasks == tasks
     assert episode.classes is None
@@ -27,7 +26,7 @@ def test_shapes(dimensions, tasks):
 
 def test_squared_error_of_a_linear_model_is_the_quadratic():
     """|W phi - y|^2 / d, written out entry by entry."""
-    w, y, *_ = parts(QuadraticSampler(4, 3, seed=2).sample())
+    w, y, *_ = tensors_of(QuadraticSampler(4, 3, seed=2).sample())
     torch.manual_seed(0)
     model = nn.Linear(4, 1, bias=False)
     phi = model.weight[0].tolist()
@@ -61,7 +60,7 @@ def test_spread_multiplies_columns_and_whole_matrices(spread):
     Each has the variance spread^2 / 12, so columns of a matrix vary by that about their mean, and
     all columns of all matrices by twice as much.
     """
-    plain, (w, y, *_) = (parts(QuadraticSampler(4, 5000, s).sample()) for s in (0, spread))
+    plain, (w, y, *_) = (tensors_of(QuadraticSampler(4, 5000, s).sample()) for s in (0, spread))
     assert torch.equal(y, plain[1])
     factors = (w / plain[0]).double().log10()
     torch.testing.assert_close(factors, factors[:, :1].expand_as(factors), rtol=0, atol=1e-5)
@@ -75,22 +74,11 @@ def test_spread_multiplies_columns_and_whole_matrices(spread):
 
 
 def test_same_seed_same_episodes():
-    first, again, other = (QuadraticSampler(3, 2, seed=seed) for seed in (4, 4, 5))
-    torch.manual_seed(9)  # the global generator has no part in it
-    several = list(islice(first, 3))
-    for a, b in zip(several, islice(again, 3), strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(parts(a), parts(b), strict=True))
-    assert not torch.equal(several[0].support_x, several[1].support_x)
-    assert not torch.equal(several[0].support_x, other.sample().support_x)
+    check_that_episodes_follow_the_seed(lambda seed: QuadraticSampler(3, 2, seed=seed))
 
 
 def test_state_of_the_generator_is_all_it_remembers():
-    sampler = QuadraticSampler(3, 2)
-    sampler.sample()
-    state = sampler.generator.get_state()
-    expected = sampler.sample()
-    sampler.generator.set_state(state)
-    assert torch.equal(sampler.sample().support_y, expected.support_y)
+    check_that_the_generator_is_all_it_remembers(QuadraticSampler(3, 2))
 
 
 def test_settings_tell_episodes_apart():

@@ -1,10 +1,14 @@
 """Regression tasks are functions of their family, drawn the same from the same seed."""
 
 import math
-from itertools import islice
 
 import pytest
 import torch
+from helpers import (
+    check_that_episodes_follow_the_seed,
+    check_that_the_generator_is_all_it_remembers,
+    tensors_of,
+)
 
 from metautils.data.regression import LINES, PLANES, SINUSOIDS, Family, RegressionSampler
 from metautils.episode import Episode
@@ -12,18 +16,14 @@ from metautils.episode import Episode
 FAMILIES = pytest.mark.parametrize("family", [SINUSOIDS, LINES, PLANES], ids=lambda f: f.name)
 
 
-def parts(episode):
-    return episode.support_x, episode.support_y, episode.query_x, episode.query_y
-
-
 @FAMILIES
 def test_shapes(family):
     episode = RegressionSampler(family, shots=5, queries=7, tasks=3).sample()
-    x, y, qx, qy = parts(episode)
+    x, y, qx, qy = tensors_of(episode)
     assert x.shape == (3, 5, family.inputs)
     assert qx.shape == (3, 7, family.inputs)
     assert (y.shape, qy.shape) == ((3, 5, 1), (3, 7, 1))
-    assert {z.dtype for z in parts(episode)} == {torch.float32}
+    assert {z.dtype for z in tensors_of(episode)} == {torch.float32}
     assert episode.classes is None
     assert episode.tasks == 3
 
@@ -46,7 +46,7 @@ def design(x):
 @pytest.mark.parametrize("family", [LINES, PLANES], ids=lambda f: f.name)
 def test_queries_lie_on_the_function_of_the_support(family):
     """The parameters found in the support set predict the queries, and lie in their ranges."""
-    x, y, qx, qy = parts(RegressionSampler(family, 6, 9, tasks=300).sample())
+    x, y, qx, qy = tensors_of(RegressionSampler(family, 6, 9, tasks=300).sample())
     found = torch.linalg.lstsq(design(x), y.double()).solution
     torch.testing.assert_close(design(qx) @ found, qy.double(), rtol=1e-3, atol=1e-4)
     for k, (low, high) in enumerate(family.ranges):
@@ -58,7 +58,8 @@ def test_queries_lie_on_the_function_of_the_support(family):
 
 def test_sinusoids_have_one_amplitude_and_phase_in_support_and_query():
     """a sin(x - b) is linear in sin x and cos x; section 5.1 of Finn et al. 2017."""
-    x, y, qx, qy = (z.double() for z in parts(RegressionSampler(SINUSOIDS, 8, 20, 300).sample()))
+    episode = RegressionSampler(SINUSOIDS, 8, 20, 300).sample()
+    x, y, qx, qy = (z.double() for z in tensors_of(episode))
     found = torch.linalg.lstsq(torch.cat([x.sin(), x.cos()], -1), y).solution
     torch.testing.assert_close(torch.cat([qx.sin(), qx.cos()], -1) @ found, qy, rtol=0, atol=1e-3)
     amplitude = found.norm(dim=1)[:, 0]
@@ -71,22 +72,11 @@ def test_sinusoids_have_one_amplitude_and_phase_in_support_and_query():
 
 @FAMILIES
 def test_same_seed_same_episodes(family):
-    first, again, other = (RegressionSampler(family, 3, 2, 2, seed) for seed in (4, 4, 5))
-    torch.manual_seed(9)  # the global generator has no part in it
-    several = list(islice(first, 3))
-    for a, b in zip(several, islice(again, 3), strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(parts(a), parts(b), strict=True))
-    assert not torch.equal(several[0].support_x, several[1].support_x)
-    assert not torch.equal(several[0].support_x, other.sample().support_x)
+    check_that_episodes_follow_the_seed(lambda seed: RegressionSampler(family, 3, 2, 2, seed))
 
 
 def test_state_of_the_generator_is_all_it_remembers():
-    sampler = RegressionSampler(SINUSOIDS, 3, 2)
-    sampler.sample()
-    state = sampler.generator.get_state()
-    expected = sampler.sample()
-    sampler.generator.set_state(state)
-    assert torch.equal(sampler.sample().query_y, expected.query_y)
+    check_that_the_generator_is_all_it_remembers(RegressionSampler(SINUSOIDS, 3, 2))
 
 
 def test_settings_tell_episodes_apart():
@@ -108,7 +98,7 @@ def test_numbers_must_be_positive(name, value):
 
 def test_family_of_ones_own():
     squares = Family("squares", 1, ((2.0, 3.0),), lambda x, a: a * x[..., 0] ** 2, (0.0, 1.0))
-    x, y, *_ = parts(RegressionSampler(squares, 4, tasks=5).sample())
+    x, y, *_ = tensors_of(RegressionSampler(squares, 4, tasks=5).sample())
     ratio = y / x**2
     assert (ratio.amax(1) - ratio.amin(1)).max() < 1e-3
     assert ((ratio > 1.999) & (ratio < 3.001)).all()
@@ -156,6 +146,6 @@ def test_episode_in_parts(at_once, sizes):
     whole = RegressionSampler(PLANES, 3, 2, tasks=5).sample()
     pieces = list(whole.parts(at_once))
     assert [piece.tasks for piece in pieces] == sizes
-    for k, tensor in enumerate(parts(whole)):
-        assert torch.equal(torch.cat([parts(piece)[k] for piece in pieces]), tensor)
+    for k, tensor in enumerate(tensors_of(whole)):
+        assert torch.equal(torch.cat([tensors_of(piece)[k] for piece in pieces]), tensor)
     assert all(piece.classes is None for piece in pieces)

@@ -9,7 +9,7 @@ from pathlib import Path
 from zlib import error as ZlibError
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from metautils.files import DataError
 
@@ -54,7 +54,7 @@ def _unzipped(archive: Path) -> Iterator[tuple[str, bytes]]:
             for name in sorted(file.namelist()):
                 yield name, file.read(name)
     # A damaged header may ask for anything: a password, another method, a place before the file.
-    except (zipfile.BadZipFile, ZlibError, EOFError, OSError, RuntimeError) as error:
+    except (zipfile.BadZipFile, ZlibError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{archive} is damaged ({error}): fetch it again.") from error
 
 
@@ -62,5 +62,5 @@ def _read(file: Path | io.BytesIO, name: str, mode: str, data: str) -> np.ndarra
     try:
         with Image.open(file) as image:
             return np.array(image.convert(mode))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name} is no readable image ({error}): fetch {data} again.") from error

@@ -128,7 +128,10 @@ def split_classes(bank: ClassBank, sizes: tuple[int, int, int], seed: int = 0) -
 
 
 def cached(name: str, make: Callable[[], ClassBank]) -> ClassBank:
-    """The bank that was kept under this name in the cache, or a new one, which is then kept."""
+    """The bank that was kept under this name in the cache, or a new one, which is then kept.
+
+    Images, counts and names are kept, attributes are not.
+    """
     path = cache_folder() / f"{name}.pt"
     if path.exists():
         try:
