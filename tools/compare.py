@@ -95,7 +95,7 @@ def compared(protocol, name, parts):
             runs.append(trained(make, protocol, *parts[:2], seed, out))
         minutes[method] = sum(m for _, m in runs) / len(runs)
         found[method] = [tested(learner, protocol, parts.test) for learner, _ in runs]
-        print(method, *found[method], flush=True)
+        print(method, *(str(e) for scores in found[method] for e in scores), flush=True)
     rows = []
     for method, runs in found.items():
         told = [method, f"{minutes[method]:.1f}"]
