@@ -83,7 +83,7 @@ def tested(learner, protocol, bank):
 
 
 def compared(protocol, name, parts):
-    """One table; its first row is what the others are compared with."""
+    """A table for each test; its first row is what the others are compared with."""
     found, minutes = {}, {}
     for method, make in methods(*parts.test.images.shape[1:3]).items():
         if method in protocol.left_out:
@@ -96,24 +96,28 @@ def compared(protocol, name, parts):
         minutes[method] = sum(m for _, m in runs) / len(runs)
         found[method] = [tested(learner, protocol, parts.test) for learner, _ in runs]
         print(method, *(str(e) for scores in found[method] for e in scores), flush=True)
+    return [
+        table(k, ways, shots, found, minutes, protocol)
+        for k, (ways, shots) in enumerate(protocol.tests)
+    ]
+
+
+def table(k, ways, shots, found, minutes, protocol):
+    """Everybody in test `k`, and the paired difference to the first row."""
     rows = []
     for method, runs in found.items():
-        told = [method, f"{minutes[method]:.1f}"]
-        for k in range(len(protocol.tests)):
-            every = torch.stack([scores[k].per_episode for scores in runs]).double()
-            first = torch.stack([s[k].per_episode for s in found["Prototypical"]]).double()
-            more = every - first
-            seeds = " / ".join(f"{a:.2f}" for a in every.mean(1))
-            told += [f"{every.mean():.2f} ± {interval95(every.mean(0)):.2f}"]
-            told += [seeds] if len(runs) > 1 else []
-            told += [f"{more.mean():+.2f} ± {interval95(more.mean(0)):.2f}"]
-        rows.append(told)
-    heads = ["Learner", "Minutes"]
-    for ways, shots in protocol.tests:
-        heads += [f"{ways}-way {shots}-shot"] + ["By seed"] * (len(protocol.seeds) > 1)
-        heads += ["Above the first row, paired"]
-    what = f"{protocol.steps} episodes of {protocol.ways}-way {protocol.shots}-shot"
-    return {"title": f"Trained on {what}", "heads": heads, "rows": rows}
+        every = torch.stack([scores[k].per_episode for scores in runs]).double()
+        first = torch.stack([s[k].per_episode for s in found["Prototypical"]]).double()
+        more = every - first
+        seeds = [", ".join(f"{a:.2f}" for a in every.mean(1))] if len(runs) > 1 else []
+        accuracy = f"{every.mean():.2f} ± {interval95(every.mean(0)):.2f}"
+        above = f"{more.mean():+.2f} ± {interval95(more.mean(0)):.2f}" if rows else ""
+        rows.append([method, f"{minutes[method]:.1f}", accuracy, *seeds, above])
+    by_seed = ["By seed"] if len(protocol.seeds) > 1 else []
+    heads = ["Learner", "Minutes", "Accuracy", *by_seed, "Above the first row, paired"]
+    learned = f"{protocol.steps} episodes of {protocol.ways}-way {protocol.shots}-shot"
+    title = f"{ways}-way {shots}-shot, trained on {learned}"
+    return {"title": title, "heads": heads, "rows": rows}
 
 
 name = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -125,7 +129,7 @@ if name == "omniglot":
     parts = type(parts)(*(bank.with_rotations() for bank in parts))
 record = {
     "what": f"Learners that compare, trained alike on {name}, 600 test episodes",
-    "tables": [compared(protocol, name, parts) for protocol in PROTOCOLS[name]],
+    "tables": [t for protocol in PROTOCOLS[name] for t in compared(protocol, name, parts)],
     **made,
 }
 path = results.folder() / f"compare_{name}.json"
