@@ -69,6 +69,17 @@ def _is_image(path: Path) -> bool:
 
 
 def _read(file: Path, size: int, channels: int) -> Tensor:
+    image = read_image(file).convert("RGB" if channels == 3 else "L")
+    image = ImageOps.fit(image, (size, size))
+    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """One image of any mode as 8 bits, grey or RGB, upright; transparency becomes white.
+
+    Raises:
+        DataError: if the file is no image, or is cut off.
+    """
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(_eight_bits(opened))
@@ -77,8 +88,7 @@ def _read(file: Path, size: int, channels: int) -> Tensor:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB" if channels == 3 else "L"), (size, size))
-    return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
+    return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -1,0 +1,128 @@
+"""Baseline and Baseline++ (Chen et al. 2019): learn to classify, then fit only a new last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metautils.episode import Episode
+from metautils.learners.base import Learner
+from metautils.learners.protonet import cosine, prototypes
+
+Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
+SCALE = 10.0  # of cosines; without it no class could come near a probability of 1
+STEPS, STEP, DECAY = 100, 0.1, 1e-3  # of fitting a head by gradient descent with momentum
+
+
+class CosineHead(nn.Linear):
+    """A last layer whose logits are `scale` times the cosine of features and a class's weights.
+
+    Section 3.2 of Chen et al. 2019 (Baseline++).
+
+    Args:
+        features: numbers that the body gives for an image.
+        classes: rows of weights, one for each class.
+        scale: factor, above 0.
+    """
+
+    def __init__(self, features: int, classes: int, scale: float = SCALE) -> None:
+        super().__init__(features, classes, bias=False)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, features)` to logits `(n, classes)`."""
+        return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+    """Cosines with the class means of the support, times `SCALE`; nothing is fitted.
+
+    Args:
+        support: features `(tasks, S, d)`.
+        labels: `(tasks, S)` int64; the classes present are 0 to `labels.max()`.
+        query: features `(tasks, Q, d)`.
+
+    Returns:
+        Logits `(tasks, Q, ways)`.
+    """
+    return SCALE * (1 - cosine(query, prototypes(support, labels, int(labels.max()) + 1)))
+
+
+def linear_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+    """Logits of a new linear layer for each task, fitted to its support set (Baseline).
+
+    Arguments and result as of `nearest_centroid`. Features are scaled to length 1 first, as Tian
+    et al. 2020 do.
+    """
+    support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
+    ways = int(labels.max()) + 1
+    start = support.new_zeros(len(support), ways, support.shape[-1])
+    weight = _fitted(start, labels, lambda w: SCALE * support @ w.mT)
+    return SCALE * query @ weight.mT
+
+
+def cosine_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+    """Logits of a new `CosineHead` for each task, fitted to its support set (Baseline++).
+
+    Arguments and result as of `nearest_centroid`, whose class means are where fitting starts.
+    """
+    support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
+    start = F.normalize(prototypes(support, labels, int(labels.max()) + 1), dim=-1)
+    weight = _fitted(start, labels, lambda w: SCALE * support @ F.normalize(w, dim=-1).mT)
+    return SCALE * query @ F.normalize(weight, dim=-1).mT
+
+
+def _fitted(start: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weights `(tasks, ways, d)` after gradient descent on each task's cross-entropy."""
+    # Evaluation runs without gradients; fitting a head is part of the prediction.
+    with torch.enable_grad():
+        weight = start.detach().clone().requires_grad_()
+        optimizer = torch.optim.SGD([weight], lr=STEP, momentum=0.9, weight_decay=DECAY)
+        for _ in range(STEPS):
+            # A sum over tasks: each has its own weights, so none sees another's gradient.
+            loss = F.cross_entropy(logits(weight).mT, labels, reduction="none").mean(1).sum()
+            weight.grad = torch.autograd.grad(loss, weight)[0]
+            optimizer.step()
+    return weight.detach()
+
+
+class Baseline(Learner):
+    """A body trained to tell all training classes apart; a task gets a new head on top of it.
+
+    In training an episode is a batch of labelled images: what was support or query, and which
+    classes stood beside one another, plays no part. For a task the body is frozen.
+
+    Args:
+        embed: the body, a network `(n, ...)` to `(n, features)`.
+        head: for the classes of the whole training set, `(n, features)` to `(n, classes)`; not
+            used in tasks.
+        fit: how a task's queries are answered from its support set, on features:
+            `nearest_centroid`, `linear_head` (Baseline) or `cosine_head` (Baseline++).
+    """
+
+    def __init__(self, embed: nn.Module, head: nn.Module, fit: Fit = linear_head) -> None:
+        super().__init__()
+        self.embed, self.head, self.fit = embed, head, fit
+
+    def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Cross-entropy of all images, each of the class that it has in the whole bank."""
+        x = torch.cat([episode.support_x, episode.query_x], dim=1).flatten(0, 1)
+        labels = torch.cat([episode.support_y, episode.query_y], dim=1)
+        labels = episode.classes.to(x.device).gather(1, labels).flatten()
+        logits = self.head(self.embed(x)).float()
+        yield F.cross_entropy(logits, labels), logits, labels
+
+    def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+        """Logits `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
+        x = torch.cat([support_x, query_x], dim=1)
+        features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
+        support, query = features.split([support_x.shape[1], query_x.shape[1]], dim=1)
+        with torch.autocast(x.device.type, enabled=False):  # fitting needs the digits
+            return self.fit(support, support_y, query)
+
+    def extra_repr(self) -> str:
+        """The settings, so that a checkpoint knows its learner."""
+        return f"fit={self.fit.__name__}"

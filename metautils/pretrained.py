@@ -1,0 +1,119 @@
+"""ResNet-50 (He et al. 2016) as a body, with the weights of ImageNet, of a file, or none."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights, resnet50
+
+from metautils.files import DataError, load_safely
+
+FEATURES = 2048  # that a ResNet-50 gives for an image
+IMAGENET = ResNet50_Weights.IMAGENET1K_V2
+
+
+def body(weights: str | Path | None = "imagenet") -> nn.Module:
+    """torchvision's ResNet-50 without its last layer: `(n, 3, h, w)` to `(n, 2048)`.
+
+    Args:
+        weights: "imagenet" for `ResNet50_Weights.IMAGENET1K_V2`, downloaded once and checked by
+            its hash; a file with weights of a ResNet-50, such as the checkpoint of
+            `python -m metautils train resnet50`; or None for random ones.
+
+    Raises:
+        DataError: if the weights cannot be had, are damaged, or are of another network.
+    """
+    net = resnet50()
+    net.fc = nn.Identity()
+    if weights is not None:
+        loaded = imagenet() if weights == "imagenet" else _stored(Path(weights))
+        _check(loaded, net, weights)
+        net.load_state_dict(loaded)
+    # Channels next to each other in memory suit the convolution kernels of CPUs and GPUs.
+    return net.to(memory_format=torch.channels_last)
+
+
+def imagenet() -> dict[str, Tensor]:
+    """The state of IMAGENET1K_V2 but for its last layer.
+
+    Raises:
+        DataError: if it cannot be downloaded, or what lies in torch's cache is damaged.
+    """
+    name = IMAGENET.url.rsplit("/", 1)[1]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.exists():
+        _check_hash(path)  # torch checks a file only while it downloads it
+    try:
+        state = IMAGENET.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{name} is not in {path.parent} and could not be downloaded ({error}): connect to "
+            "the network, copy the file there, or name a file of weights."
+        ) from error
+    return _without_head(state)
+
+
+def _check_hash(path: Path) -> None:
+    expected = path.stem.rsplit("-", 1)[1]
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected):
+        raise DataError(
+            f"{path} is damaged: its SHA-256 begins with {found[:8]}, not {expected}. Delete it "
+            "and run again."
+        )
+
+
+def _stored(path: Path) -> dict[str, Tensor]:
+    """Weights of a file: a state of torchvision's ResNet-50, or a checkpoint of `meta_train`."""
+    saved = load_safely(path)
+    if isinstance(saved, dict) and isinstance(saved.get("best"), dict):
+        start = "embed.net."
+        best = saved["best"].items()
+        saved = {name.removeprefix(start): x for name, x in best if name.startswith(start)}
+    if not isinstance(saved, dict) or not all(isinstance(x, Tensor) for x in saved.values()):
+        raise DataError(f"{path} holds no weights of a network: name another file.")
+    return _without_head(saved)
+
+
+def _without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in state.items() if not name.startswith("fc.")}
+
+
+def _check(loaded: dict[str, Tensor], net: nn.Module, source: str | Path) -> None:
+    own = net.state_dict()
+    for name in {**own, **loaded}:
+        shapes = [tuple(x[name].shape) if name in x else None for x in (loaded, own)]
+        if shapes[0] != shapes[1]:
+            raise DataError(
+                f"{source} is of another network than ResNet-50: {name!r} has shape {shapes[0]} "
+                f"there and {shapes[1]} here (None: it is missing). Name another file."
+            )
+
+
+class Prepared(nn.Module):
+    """A network behind the resizing and normalising that it needs: images in [0, 1] go in.
+
+    Args:
+        net: takes images normalised by the mean and deviation of ImageNet.
+        size: height and width that images are scaled to, pixels; None for as they are.
+    """
+
+    def __init__(self, net: nn.Module, size: int | None = None) -> None:
+        super().__init__()
+        self.net, self.size = net, size
+        mean, std = (
+            torch.tensor(IMAGENET.transforms().mean),
+            torch.tensor(IMAGENET.transforms().std),
+        )
+        self.register_buffer("mean", mean[:, None, None], persistent=False)
+        self.register_buffer("std", std[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, 1 or 3, h, w)` in [0, 1] to what the network gives."""
+        if self.size is not None and x.shape[-1] != self.size:
+            x = nn.functional.interpolate(x, (self.size, self.size), mode="bilinear")
+        return self.net(((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
