@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from metautils import data, results
+from metautils import data, pretrained, results
 from metautils.data.bank import ClassBank, Parts
 from metautils.evaluate import evaluate
 from metautils.files import DataError
 from metautils.learners.anil import ANIL
 from metautils.learners.base import Learner, task_loss
+from metautils.learners.baseline import (
+    Baseline,
+    CosineHead,
+    Fit,
+    cosine_head,
+    linear_head,
+    nearest_centroid,
+)
 from metautils.learners.maml import FOMAML, MAML
 from metautils.learners.matching_net import MatchingNet
 from metautils.learners.meta_lstm import MetaLSTM
@@ -28,12 +36,16 @@ from metautils.learners.protonet import ProtoNet
 from metautils.learners.relation_net import RelationModule, RelationNet
 from metautils.learners.reptile import Reptile
 from metautils.nets import BatchNorm, Conv4, classifier
+from metautils.pretrained import Prepared
 from metautils.sampling import EpisodeSampler
 from metautils.train import CHECKPOINT, CheckpointMismatch, load_weights, meta_train
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 QUERIES = 15
 DRAWN = ("glyphs", "omniglot")  # a drawing turned by 90 degrees is a new character; a photo is not
+
+
+Make = Callable[[torch.Size, int, bool, int], Learner]
 
 
 @dataclass(frozen=True)
@@ -54,14 +66,15 @@ class Method:
     """How to make a learner for images of some channels, and how to train it.
 
     Attributes:
-        make: from the shape of an image, ways and whether queries may see one another.
+        make: from the shape of an image, ways, whether queries may see one another, and the number
+            of training classes.
         presets: by name.
         rotations: of drawings in training: all four as classes, or one for a class and task.
         any_ways: tested with other ways than it was trained with.
         any_shots: tested with other shots than it was trained with.
     """
 
-    make: Callable[[torch.Size, int, bool], Learner]
+    make: Make
     presets: dict[str, Preset]
     rotations: str = "episode"
     any_ways: bool = False
@@ -74,17 +87,17 @@ class Method:
         return SETTINGS if self.any_shots else ((5, shots), (20, shots))
 
 
-def _adapting(learner: type[MAML], **options: Any) -> Callable[[torch.Size, int, bool], Learner]:
+def _adapting(learner: type[MAML], **options: Any) -> Make:
     """A learner that adapts, on the strided network of Finn et al. 2017."""
 
-    def make(image: torch.Size, ways: int, transductive: bool) -> Learner:
+    def make(image: torch.Size, ways: int, transductive: bool, _: int) -> Learner:
         net = classifier(Conv4(image[0], strided=True, norm=BatchNorm), 64, ways)
         return learner(net, **options, transductive=transductive)
 
     return make
 
 
-def _meta_lstm(image: torch.Size, ways: int, transductive: bool) -> Learner:
+def _meta_lstm(image: torch.Size, ways: int, *_: Any) -> Learner:
     """On the network of Ravi and Larochelle 2017, of 32 filters; never transductive."""
     norm = partial(nn.BatchNorm2d, momentum=0.95)
     return MetaLSTM(classifier(Conv4(image[0], width=32, norm=norm), 32, ways))
@@ -101,6 +114,22 @@ def _matching(image: torch.Size, *_: Any) -> Learner:
     return MatchingNet(Conv4(image[0]), scale=10.0)
 
 
+def _classifying(fit: Fit, head: Callable[[int, int], nn.Module] = nn.Linear) -> Make:
+    """A Conv-4 that learns to tell the training classes apart, as Chen et al. 2019 pretrain."""
+
+    def make(image: torch.Size, ways: int, transductive: bool, classes: int) -> Learner:
+        features = 64 * (image[1] // 16) * (image[2] // 16)
+        return Baseline(Conv4(image[0]), head(features, classes), fit)
+
+    return make
+
+
+def _resnet50(image: torch.Size, ways: int, transductive: bool, classes: int) -> Learner:
+    """The same with a ResNet-50 from scratch, on images of 64 pixels or more."""
+    body = Prepared(pretrained.body(None), max(64, image[-1]))
+    return Baseline(body, nn.Linear(pretrained.FEATURES, classes), nearest_centroid)
+
+
 # 60-way 1-shot with 5 queries a class is how Snell et al. 2017 train on Omniglot.
 COMPARING = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(3000, 60, 1, 5, 1000)}
 RELATION = {"quick": Preset(200, 20, 1, 5, 600), "full": Preset(10000, 20, 1, 5, 1000)}
@@ -108,11 +137,19 @@ ADAPTING = {
     "quick": Preset(300, 5, 1, 5, 600, tasks=8, lr=3e-3),
     "full": Preset(20000, 5, 1, 5, 1000, tasks=8, lr=3e-3),
 }
+CLASSIFYING = {"quick": Preset(200, 64, 1, 1, 600), "full": Preset(1250, 64, 1, 5, 1000)}
+RESNET = {"quick": Preset(200, 64, 1, 1, 600), "full": Preset(1800, 64, 1, 1, 1000)}
 META_LSTM = {"quick": Preset(300, 5, 1, 5, 600), "full": Preset(12000, 5, 1, 5, 1000, lr=2e-3)}
 METHODS = {
     "protonet": Method(lambda s, *_: ProtoNet(Conv4(s[0])), COMPARING, "classes", True, True),
     "matching": Method(_matching, COMPARING, "classes", True, True),
     "relation": Method(_relation, RELATION, "classes", True),
+    "centroid": Method(_classifying(nearest_centroid), CLASSIFYING, "classes", True, True),
+    "baseline": Method(_classifying(linear_head), CLASSIFYING, "classes", True, True),
+    "baseline_pp": Method(
+        _classifying(cosine_head, CosineHead), CLASSIFYING, "classes", True, True
+    ),
+    "resnet50": Method(_resnet50, RESNET, "classes", True, True),
     "maml": Method(_adapting(MAML, test_steps=3), ADAPTING),
     "fomaml": Method(_adapting(FOMAML, test_steps=3), ADAPTING),
     "anil": Method(_adapting(ANIL, test_steps=3), ADAPTING),
@@ -134,9 +171,9 @@ def train(args: argparse.Namespace) -> None:
     asked = method.settings(preset.ways, preset.shots)
     _settings(_rotated(parts.test, rotations), asked)  # told before the training, not after it
     ways, turned = preset.ways, rotations == "episode"
-    learner = _learner(args.method, parts.train, ways, args.transductive, args.seed)
-    learner = learner.to(args.device)
     source = _rotated(parts.train, rotations).to(args.device)
+    learner = _learner(args.method, source, ways, args.transductive, len(source), args.seed)
+    learner = learner.to(args.device)
     episodes = EpisodeSampler(
         source, ways, preset.shots, preset.queries, preset.tasks, turned, args.seed
     )
@@ -183,8 +220,9 @@ def evaluate_again(args: argparse.Namespace) -> None:
     name, split = args.data or record["data"], args.split or record["split"]
     parts = data.load(name, record["seed"], split if name == "omniglot" else "random")
     transductive = args.transductive and trained.get("transductive", True)
+    classes = record["classes"]["train"] * (4 if record["rotations"] == "classes" else 1)
     learner = _learner(
-        record["method"], parts.test, trained["ways"], transductive, record["seed"]
+        record["method"], parts.test, trained["ways"], transductive, classes, record["seed"]
     ).to(args.device)
     load_weights(learner, args.run / CHECKPOINT)
     episodes = method.presets[record["preset"]].episodes
@@ -232,9 +270,11 @@ def _preset(preset: Preset, args: argparse.Namespace, classes: int) -> Preset:
     return replace(preset, ways=ways, shots=shots)
 
 
-def _learner(method: str, bank: ClassBank, ways: int, transductive: bool, seed: int) -> Learner:
+def _learner(
+    method: str, bank: ClassBank, ways: int, transductive: bool, classes: int, seed: int
+) -> Learner:
     torch.manual_seed(seed)
-    return METHODS[method].make(bank.images.shape[1:], ways, transductive)
+    return METHODS[method].make(bank.images.shape[1:], ways, transductive, classes)
 
 
 def _rotated(bank: ClassBank, rotations: str) -> ClassBank:
@@ -269,11 +309,15 @@ def _test(
     bank = _rotated(bank, rotations).to(device)
     settings = _settings(bank, asked)
     queries = min(QUERIES, int(bank.counts.min()) - max(k for _, k in settings))
+    trained = learner.on_features(bank) if isinstance(learner, Baseline) else (learner, bank)
     rows = {}
-    for name, each in {"evaluations": learner, "baseline": ProtoNet(nn.Flatten())}.items():
-        print("trained" if each is learner else "class means in pixels, for comparison")
+    for name, (each, images) in {
+        "evaluations": trained,
+        "baseline": (ProtoNet(nn.Flatten()), bank),
+    }.items():
+        print("trained" if name == "evaluations" else "class means in pixels, for comparison")
         scores = evaluate(
-            each, bank, settings, queries, episodes, rotations == "episode", progress=True
+            each, images, settings, queries, episodes, rotations == "episode", progress=True
         )
         print(*(f"  {score}" for score in scores), sep="\n")
         rows[name] = results.evaluation_rows(scores, rotations)

@@ -1,8 +1,8 @@
 """Pretraining beside meta-learning on CIFAR-FS: `python tools/baselines.py`.
 
 The same network, number of training images (MAML: a third) and choice on validation classes for
-all, and the same test episodes, so that differences are taken task by task. The same command goes on after an
-interruption. Writes `results/compare_pretraining.json`.
+all, and the same test episodes, so that differences are taken task by task. The same command goes
+on after an interruption. Writes `results/compare_pretraining.json`.
 """
 
 import json
