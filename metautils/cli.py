@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from metautils import data, pretrained, results
+from metautils import data, finetune, pretrained, results
 from metautils.data.bank import ClassBank, Parts
 from metautils.evaluate import evaluate
 from metautils.files import DataError
+from metautils.finetune import Recipe
 from metautils.learners.anil import ANIL
 from metautils.learners.base import Learner, task_loss
 from metautils.learners.baseline import (
@@ -239,6 +240,26 @@ def evaluate_again(args: argparse.Namespace) -> None:
     print(f"Record in {out}")
 
 
+def finetune_folder(args: argparse.Namespace) -> None:
+    """Fine-tune a ResNet-50 on a folder of images; the same command goes on if interrupted."""
+    asked = {name: getattr(args, name) for name in ("size", "epochs", "batch", "pull", "seed")}
+    recipe = Recipe(**{k: v for k, v in asked.items() if v is not None}, mirror=args.mirror)
+    weights = None if args.weights == "none" else args.weights
+    if weights is None and args.pull is not None:
+        raise ValueError("--l2-sp pulls to pretrained weights, so it needs other --weights.")
+    tested = finetune.run(args.data, args.out, recipe, weights, args.device, args.workers)
+    print(tested)
+    print(f"Classifier in {args.out / finetune.MODEL}, record in {args.out / 'record.json'}")
+
+
+def classify(args: argparse.Namespace) -> None:
+    """Say what is on images, with the classifier of a fine-tuning."""
+    net = finetune.load(args.run / finetune.MODEL)
+    for image in args.images:
+        ranked = list(net.classify(image).items())[:3]
+        print(f"{image}:", ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in ranked))
+
+
 def describe(args: argparse.Namespace) -> None:
     """Fetch and check a set, and say what is in it."""
     for part, bank in zip(Parts._fields, data.load(args.name, split=args.split), strict=True):
@@ -355,12 +376,37 @@ def _parser() -> argparse.ArgumentParser:
     three.add_argument("--split", default="random", choices=["random", "background"])
     three.set_defaults(run_command=describe)
 
+    tune = commands.add_parser(
+        "finetune", help=finetune_folder.__doc__, description=finetune_folder.__doc__
+    )
+    tune.add_argument("--data", type=Path, required=True, help="folder, a subfolder for each class")
+    tune.add_argument("--out", type=Path, required=True, help="folder for classifier and record")
+    tune.add_argument(
+        "--weights", default="imagenet", help="imagenet (default), none, or a file of weights"
+    )
+    tune.add_argument("--size", type=_positive, help="of the images in pixels, 224 by default")
+    tune.add_argument("--batch", type=_positive, help="images in a step")
+    tune.add_argument("--epochs", type=_positive, help="of all layers, at most")
+    tune.add_argument("--l2-sp", dest="pull", type=float, help="alpha, pull to the old weights")
+    tune.add_argument(
+        "--no-mirror", dest="mirror", action="store_false", help="for letters, digits, signs"
+    )
+    tune.add_argument("--workers", type=int, default=0, help="processes that read images")
+    tune.add_argument("--seed", type=int, default=0)
+    tune.set_defaults(run_command=finetune_folder)
+
+    tell = commands.add_parser("classify", help=classify.__doc__, description=classify.__doc__)
+    tell.add_argument("run", type=Path, help="the --out folder of a fine-tuning")
+    tell.add_argument("images", type=Path, nargs="+")
+    tell.set_defaults(run_command=classify)
+
     four = commands.add_parser("results", help="print all records as Markdown")
     four.set_defaults(run_command=lambda args: print(results.page()))
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    for command in (one, two):
+    for command in (one, two, tune):
         command.add_argument("--device", type=_device, default=where)
+    for command in (one, two):
         command.add_argument(
             "--inductive",
             dest="transductive",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,52 @@ class DataError(RuntimeError):
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """`torch.save` to a temporary name beside `path`, then rename: no reader sees a half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`torch.save` to a temporary name beside `path`, then rename: no reader sees a half file.
+
+    Raises:
+        DataError: if there is no room or no permission; what was there before stays.
+    """
     # One name for all: what a killed run leaves behind, the next one overwrites.
     temporary = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    # torch's own writer says RuntimeError where the disk is full.
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{path} could not be written ({error}): free some space, or choose a folder that you "
+            "may write to."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, room: int) -> None:
+    """Make a folder and see, before hours of work, that files of `room` bytes can be put there.
+
+    Raises:
+        DataError: if it cannot be made or written to, or has too little room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe.partial"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written to ({error.strerror}): choose another folder."
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < room:
+        raise DataError(
+            f"{folder} has room for {free >> 20} MB, but {room >> 20} MB are needed: free some "
+            "space or choose another folder."
+        )
 
 
 def load_safely(path: Path) -> Any:

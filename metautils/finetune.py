@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,12 +17,15 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from metautils import pretrained
-from metautils.data.labelled import Images, Split, read_rgb
+from metautils import pretrained, results
+from metautils.data import labelled
+from metautils.data.labelled import PARTS, Images, Split, read_rgb
 from metautils.evaluate import wilson95
-from metautils.files import DataError, load_safely, save_atomically
+from metautils.files import DataError, check_folder, load_safely, save_atomically
 from metautils.fit import Epoch, fit, predict
 
+MODEL = "model.pt"
+ROOM = 600 << 20  # bytes that a run writes: weights three times, momentum, features
 ENLARGED = 232 / 224  # images are made so much larger than their crop, as for the ImageNet weights
 
 
@@ -156,17 +160,42 @@ def _loader(data: Dataset, recipe: Recipe, shuffle: bool, workers: int = 0) -> D
     )
 
 
-def features(net: Classifier, images: Images, recipe: Recipe, workers: int = 0) -> TensorDataset:
+def features(
+    net: Classifier, images: Images, recipe: Recipe, workers: int = 0, progress: bool = False
+) -> TensorDataset:
     """What the frozen body makes of the middle of each image: `(n, features)` with labels `(n,)`.
 
     In evaluation mode: neither parameters nor batch statistics change.
     """
     head, net.head = net.head, nn.Identity()
     try:
-        rows, labels = predict(net, batches(images, to_test(net.size), recipe, workers=workers))
+        loader = batches(images, to_test(net.size), recipe, workers=workers)
+        rows, labels = predict(net, loader, progress)
     finally:
         net.head = head
     return TensorDataset(rows, labels)
+
+
+def _features(
+    net: Classifier, split: Split, recipe: Recipe, kept: Path | None, workers: int, progress: bool
+) -> tuple[TensorDataset, TensorDataset]:
+    """Features of the training and validation images, from the file `kept` if it has them."""
+    files = [file for part in split[:2] for file, _ in part.samples]
+    told = {"size": net.size, "files": files, "body": _sum(net.body)}
+    if kept is not None and kept.exists():
+        saved = load_safely(kept)
+        if saved["of"] == told:
+            return TensorDataset(*saved["train"]), TensorDataset(*saved["validation"])
+    train, validation = (features(net, part, recipe, workers, progress) for part in split[:2])
+    if kept is not None:
+        saved = {"of": told, "train": train.tensors, "validation": validation.tensors}
+        save_atomically(saved, kept)
+    return train, validation
+
+
+def _sum(net: nn.Module) -> float:
+    """One number that tells two sets of weights apart."""
+    return float(sum(x.double().sum() for x in net.state_dict().values()))
 
 
 def stage_one(
@@ -186,16 +215,17 @@ def stage_one(
         net: on the device where it is to be trained; afterwards with the head of its best epoch.
         split: the images.
         recipe: how to train.
-        out: folder for the checkpoint `head.pt`.
+        out: folder for the features, so that a resumed training finds them.
         workers: processes that read images.
         progress: show bars and a row for each epoch.
 
     Returns:
         A row for each epoch.
     """
+    kept = None if out is None else Path(out) / "features.pt"
+    train, validation = _features(net, split, recipe, kept, workers, progress)
     torch.manual_seed(recipe.seed)
     net.head.reset_parameters()
-    train, validation = (features(net, part, recipe, workers) for part in split[:2])
     optimizer = Adam(net.head.parameters(), recipe.probe_lr, weight_decay=recipe.decay)
     return fit(
         net.head,
@@ -309,6 +339,58 @@ def test(net: Classifier, images: Images, recipe: Recipe, workers: int = 0) -> T
     logits, labels = predict(net, batches(images, to_test(net.size), recipe, workers=workers))
     files = tuple(file for file, _ in images.samples)
     return Tested(logits.softmax(1), labels, files, net.classes)
+
+
+def run(
+    path: str | Path,
+    out: Path,
+    recipe: Recipe,
+    weights: str | Path | None = "imagenet",
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+) -> Tested:
+    """The whole recipe for a folder of images; writes `model.pt` and `record.json` into `out`.
+
+    Args:
+        path: the images, see `metautils.data.labelled.load`.
+        out: folder for the checkpoint, the classifier and the record.
+        recipe: how to train.
+        weights: of the body, see `metautils.pretrained.body`; with None stage one is left out.
+        device: where to train.
+        workers: processes that read images.
+
+    Raises:
+        DataError: if images, weights or folder are not as they should be, before any training.
+    """
+    made_by = results.provenance(torch.device(device))
+    check_folder(out, ROOM)
+    split = labelled.load(path, recipe.seed, progress=True)
+    for note in split.notes[:5]:
+        print(note)
+    if len(split.notes) > 5:
+        print(f"... and {len(split.notes) - 5} more that are read as RGB.")
+    print("images:", *(f"{len(part)} {name}" for part, name in zip(split, PARTS, strict=False)))
+    net = Classifier(pretrained.body(weights), split.train.classes, recipe.size).to(device)
+    began = time.perf_counter()
+    stages = [stage_two] if weights is None else [stage_one, stage_two]
+    rows = {each.__name__: each(net, split, recipe, out, workers, True) for each in stages}
+    tested = test(net, split.test, recipe, workers)
+    net.save(out / MODEL)
+    record = {
+        "data": str(path),
+        "classes": list(net.classes),
+        "images": dict(zip(PARTS, map(len, split), strict=False)),
+        "weights": None if weights is None else str(weights),
+        "recipe": asdict(recipe),
+        **{name: [asdict(row) for row in each] for name, each in rows.items()},
+        "test": {"right": tested.right, "accuracy": tested.accuracy, "interval": tested.interval},
+        "confusion": tested.confusion.tolist(),
+        "worst": [tested.files[k] for k in tested.worst()],
+        "minutes": round((time.perf_counter() - began) / 60, 2),
+        **made_by,
+    }
+    results.write_json(record, out / "record.json")
+    return tested
 
 
 def l2_sp(net: nn.Module, start: dict[str, Tensor], pull: float, decay: float) -> Tensor:

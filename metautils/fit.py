@@ -91,12 +91,12 @@ def fit(
 
 
 @torch.no_grad()
-def predict(net: nn.Module, batches: DataLoader) -> tuple[Tensor, Tensor]:
+def predict(net: nn.Module, batches: DataLoader, progress: bool = False) -> tuple[Tensor, Tensor]:
     """Logits `(n, classes)` and labels `(n,)` of all inputs, in evaluation mode, on the CPU."""
     was_training, device = net.training, _device(net)
     net.eval()
     logits, labels = [], []
-    for x, y in batches:
+    for x, y in tqdm(batches, desc="predict", disable=not progress, leave=False):
         with fast_autocast(device):
             logits.append(net(_placed(x, device)).float().cpu())
         labels.append(y.cpu())
@@ -149,11 +149,8 @@ class _Fit:
                 right += (logits.detach().argmax(1) == y).sum()
                 seen += len(y)
                 if progress and k % 10 == 0:
-                    told = {
-                        "loss": f"{loss_sum / seen:.3f}",
-                        "accuracy": f"{100 * right / seen:.1f} %",
-                    }
-                    bar.set_postfix(told, refresh=False)
+                    mean, percent = loss_sum / seen, 100 * right / seen
+                    bar.set_postfix_str(f"loss={mean:.3f}, accuracy={percent:.1f} %")
         self.schedule.step()
         return float(loss_sum) / seen, 100 * float(right) / seen
 
@@ -209,7 +206,7 @@ def _merit(row: Epoch) -> tuple[float, float]:
 
 
 def _device(net: nn.Module) -> torch.device:
-    return next(net.parameters()).device
+    return next(net.parameters(), torch.empty(0)).device
 
 
 def _placed(x: Tensor, device: torch.device) -> Tensor:

@@ -26,7 +26,8 @@ def body(weights: str | Path | None = "imagenet") -> nn.Module:
     Raises:
         DataError: if the weights cannot be had, are damaged, or are of another network.
     """
-    net = resnet50()
+    # Residual branches that start at nothing: a shallow network at first, which learns sooner.
+    net = resnet50(zero_init_residual=True)
     net.fc = nn.Identity()
     if weights is not None:
         loaded = imagenet() if weights == "imagenet" else _stored(Path(weights))

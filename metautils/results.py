@@ -48,9 +48,14 @@ def write(record: dict[str, Any], path: Path) -> None:
     missing = [name for name in FIELDS if name not in record]
     if missing:
         raise ValueError(f"The record lacks {', '.join(missing)}; every field is needed.")
+    write_json(record, path)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON to a temporary name beside `path`, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)
 
 
