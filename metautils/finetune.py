@@ -54,7 +54,7 @@ class Recipe:
     probe_epochs: int = 50
     probe_lr: float = 1e-3
     epochs: int = 15
-    lr: float = 3e-3
+    lr: float = 1e-3
     step: int = 7
     patience: int = 5
     decay: float = 1e-4

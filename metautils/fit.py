@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
@@ -54,7 +55,8 @@ def fit(
 ) -> list[Epoch]:
     """Train a classifier by cross-entropy and leave it with the weights of its best epoch.
 
-    The best epoch has the highest validation accuracy, and among equals the lowest loss. If
+    The best epoch has the highest validation accuracy, and among equals the lowest loss; the
+    weights that it starts with count too, so that training never makes validation worse. If
     `path` holds a checkpoint of the same run, training goes on from it and ends, on a CPU, with
     the same weights to the last bit as if it had never been interrupted.
 
@@ -79,6 +81,8 @@ def fit(
     run = _Fit(net, optimizer, schedule, path, settings or {})
     if path is not None and path.exists():
         run.resume()
+    else:
+        run.merits = [_merit(*measure(net, validation))]
     while len(run.rows) < epochs and not run.tired(patience):
         began = time.perf_counter()
         learnt = run.train(train, penalty, progress)
@@ -125,6 +129,7 @@ class _Fit:
         self.net, self.optimizer, self.schedule = net, optimizer, schedule
         self.path, self.settings = path, settings
         self.rows: list[Epoch] = []
+        self.merits: list[tuple[float, float]] = []  # of the start, then of each epoch
         self.best = _copy(net.state_dict())
 
     def train(
@@ -156,23 +161,24 @@ class _Fit:
 
     def end(self, row: Epoch) -> None:
         """Remember the epoch, and its weights if they are the best, and write everything down."""
-        if not torch.tensor([row.train_loss, row.validation_loss]).isfinite().all():
+        if not math.isfinite(row.train_loss + row.validation_loss):
             kept = "" if self.path is None else f" The last good checkpoint stays in {self.path}."
             raise FloatingPointError(
                 f"The loss was no longer finite in epoch {row.number}, so training stopped.{kept} "
                 "Try a smaller learning rate, or look for bad values in the images."
             )
-        if not self.rows or _merit(row) > max(map(_merit, self.rows)):
+        merit = _merit(row.validation_loss, row.validation_accuracy)
+        if merit > max(self.merits):
             self.best = _copy(self.net.state_dict())
         self.rows.append(row)
+        self.merits.append(merit)
         if self.path is not None:
             save_atomically(self.state(), self.path)
 
     def tired(self, patience: int | None) -> bool:
         """Whether the best epoch lies further back than the patience reaches."""
-        if patience is None or not self.rows:
-            return False
-        return len(self.rows) - max(self.rows, key=_merit).number >= patience
+        best = self.merits.index(max(self.merits))
+        return patience is not None and len(self.rows) - best >= patience
 
     def state(self) -> dict[str, Any]:
         return {
@@ -182,6 +188,7 @@ class _Fit:
             "schedule": self.schedule.state_dict(),
             "random": torch.get_rng_state(),
             "best": self.best,
+            "merits": self.merits,
             "rows": [asdict(row) for row in self.rows],
         }
 
@@ -198,11 +205,13 @@ class _Fit:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
-        self.best, self.rows = state["best"], [Epoch(**row) for row in state["rows"]]
+        self.rows = [Epoch(**row) for row in state["rows"]]
+        self.best, self.merits = state["best"], state["merits"]
 
 
-def _merit(row: Epoch) -> tuple[float, float]:
-    return row.validation_accuracy, -row.validation_loss
+def _merit(loss: float, accuracy: float) -> tuple[float, float]:
+    # What is not a number would compare as neither better nor worse.
+    return (accuracy, -loss) if math.isfinite(loss) else (-1.0, 0.0)
 
 
 def _device(net: nn.Module) -> torch.device:
