@@ -1,5 +1,7 @@
 """The accuracy is the learner's, and its interval covers the truth as often as it says."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,19 @@ from torch import nn
 
 from metautils.data.bank import ClassBank
 from metautils.data.regression import LINES, RegressionSampler
-from metautils.evaluate import Evaluation, episode_accuracy, evaluate, interval95, squared_errors
+from metautils.evaluate import (
+    Evaluation,
+    episode_accuracy,
+    evaluate,
+    interval95,
+    squared_errors,
+    wilson95,
+)
 from metautils.learners.base import Learner
 from metautils.learners.protonet import ProtoNet
 from metautils.sampling import EpisodeSampler
+
+EXTREMES = [(0, 1), (1, 1), (0, 300), (300, 300)]
 
 
 class Chance(Learner):
@@ -56,6 +67,55 @@ def test_interval_by_hand():
 def test_interval_needs_two(n):
     with pytest.raises(ValueError, match=f"An interval needs at least 2 episodes, not {n}"):
         interval95(torch.ones(n))
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [
+        (81, 263, 25.53, 36.62),
+        (15, 148, 6.24, 16.05),
+        (0, 20, 0.0, 16.11),
+        (1, 29, 0.61, 17.18),
+        (182, 263, 63.38, 74.47),
+    ],
+)
+def test_interval_of_wilson_is_the_published_one(right, total, low, high):
+    """Table I of Newcombe 1998, method 3; the last row is the first, with right and wrong told."""
+    assert wilson95(right, total) == pytest.approx((low, high), abs=0.006)
+
+
+@pytest.mark.parametrize(("right", "total"), [(3, 7), (59, 60), (500, 1000), *EXTREMES])
+def test_ends_of_the_interval_are_1_96_standard_errors_away(right, total):
+    """The standard error that the accuracy would have if the end were the truth."""
+    low, high = (p / 100 for p in wilson95(right, total))
+    assert 0 <= low < high <= 1
+    for p, sign in ((low, 1), (high, -1)):
+        away = 1.96 * math.sqrt(p * (1 - p) / total)
+        assert right / total - p == pytest.approx(sign * away, abs=1e-7)
+
+
+@pytest.mark.parametrize(("right", "total"), EXTREMES)
+def test_interval_of_wilson_is_wide_where_all_answers_are_alike(right, total):
+    low, high = wilson95(right, total)
+    assert (low if right == 0 else high) == pytest.approx(100 * right / total)
+    assert high - low == pytest.approx(100 * 1.96**2 / (total + 1.96**2))
+
+
+@pytest.mark.parametrize("total", [20, 60, 300])
+def test_interval_of_wilson_covers_the_truth_19_times_in_20(total):
+    """By the exact probability of each count, averaged over accuracies from 50 to 99 %."""
+    ends, covered = [wilson95(right, total) for right in range(total + 1)], []
+    for p in np.linspace(0.5, 0.99, 50):
+        chances = (math.comb(total, k) * p**k * (1 - p) ** (total - k) for k in range(total + 1))
+        found = zip(chances, ends, strict=True)
+        covered.append(sum(chance for chance, (low, high) in found if low <= 100 * p <= high))
+    assert 0.94 <= np.mean(covered) <= 0.96
+
+
+@pytest.mark.parametrize(("right", "total"), [(5, 4), (-1, 4), (0, 0)])
+def test_interval_of_wilson_needs_a_count(right, total):
+    with pytest.raises(ValueError, match=f"{right} right of {total}: give a count of 1 image"):
+        wilson95(right, total)
 
 
 def test_perfect_learner_gets_100():

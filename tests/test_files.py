@@ -1,14 +1,27 @@
 """Files are whole or not there; nothing but plain values is ever loaded."""
 
+import errno
 import os
 import pickle
+import resource
+import shutil
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import told_in_one_line
 
-from metautils.files import DataError, cache_folder, data_folder, load_safely, save_atomically
+from metautils.files import (
+    DataError,
+    cache_folder,
+    check_folder,
+    data_folder,
+    load_safely,
+    save_atomically,
+)
 
 
 class Breaks:
@@ -23,6 +36,17 @@ class Evil:
 
     def __reduce__(self):
         return os.system, ("touch evil",)
+
+
+@contextmanager
+def full_after(size):
+    """Files cannot grow beyond so many bytes: the writing fails, not the opening."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_round_trip_makes_the_folder(tmp_path):
@@ -60,6 +84,72 @@ def test_file_under_its_name_is_never_half(tmp_path, monkeypatch):
         save_atomically("new", path)
     assert load_safely(path) == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_disk_that_is_full_is_told_and_the_old_file_stays(tmp_path, size):
+    path, value = tmp_path / "x.pt", torch.randn(5000)
+    save_atomically("old", path)
+    with full_after(size):
+        told_in_one_line(
+            lambda: save_atomically(value, path), r"x\.pt could not be written \(.*\): free some"
+        )
+    assert load_safely(path) == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_error_of_the_disk_is_in_the_sentence(tmp_path, monkeypatch):
+    def fail(value, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    told_in_one_line(
+        lambda: save_atomically(1, tmp_path / "new" / "x.pt"),
+        r"new/x\.pt could not be written \(.*No space left on device.*\): free some space, or",
+    )
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+UNFIT = pytest.mark.parametrize("folder", ["file", "file/below", "/proc/x"])
+
+
+@UNFIT
+def test_saving_where_nothing_can_be_is_told(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    path = tmp_path / folder / "x.pt"
+    told_in_one_line(lambda: save_atomically(1, path), f"{path} could not be written")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_folder_is_made_and_left_empty(tmp_path):
+    for _ in range(2):
+        check_folder(tmp_path / "new" / "folder", 1000)
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+@UNFIT
+def test_folder_that_cannot_be_is_told(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    sentence = f"{folder} cannot be written to \\(.+\\): choose another folder"
+    told_in_one_line(lambda: check_folder(tmp_path / folder, 1000), sentence)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_folder_on_a_full_disk_is_told_and_left_empty(tmp_path):
+    with full_after(0):
+        told_in_one_line(lambda: check_folder(tmp_path, 0), "cannot be written to .*: choose")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("free", [9 << 20, (10 << 20) - 1, 10 << 20])
+def test_folder_with_too_little_room_is_told(tmp_path, monkeypatch, free):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    if free == 10 << 20:
+        check_folder(tmp_path, 10 << 20)
+    else:
+        sentence = "has room for 9 MB, but 10 MB are needed: free some space or choose another"
+        told_in_one_line(lambda: check_folder(tmp_path, 10 << 20), sentence)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("write", [partial(pickle.dump, protocol=2), torch.save])

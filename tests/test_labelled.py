@@ -1,0 +1,319 @@
+"""A folder of labelled images is split without leaks, or a sentence names what is wrong with it."""
+
+from collections import Counter
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import told_in_one_line
+from PIL import Image
+
+from metautils.data import labelled
+from metautils.data.labelled import Images, read_rgb
+
+GIVEN = ("train/a", "train/b", "test/a", "test/b")
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def picture(seed):
+    """Of random pixels, so that no two are alike."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def fill(root, first=0, **counts):
+    """Folders of so many PNGs, 0.png and so on, each with a picture of its own."""
+    seeds = count(first)
+    for name, number in counts.items():
+        (root / name).mkdir(parents=True)
+        for k in range(number):
+            picture(next(seeds)).save(root / name / f"{k}.png")
+    return root
+
+
+def files(part):
+    return {file for file, _ in part.samples}
+
+
+def tally(part):
+    """Images of each class, by name; the label, the place in `targets` and the folder agree."""
+    assert [label for _, label in part.samples] == part.targets
+    names = [part.classes[label] for label in part.targets]
+    assert names == [Path(file).parent.name for file, _ in part.samples]
+    return dict(Counter(names))
+
+
+# Splitting
+
+
+def test_every_class_gives_a_fifth_to_validation_and_to_test(tmp_path):
+    split = labelled.load(fill(tmp_path, pear=10, ant=5, Cat=3, bee=13))
+    assert all(part.classes == ["Cat", "ant", "bee", "pear"] for part in split[:3])
+    assert tally(split.train) == {"Cat": 1, "ant": 3, "bee": 7, "pear": 6}
+    assert tally(split.validation) == {"Cat": 1, "ant": 1, "bee": 3, "pear": 2}
+    assert tally(split.test) == tally(split.validation)
+    assert set.union(*map(files, split[:3])) == set(map(str, tmp_path.glob("*/*")))
+    assert sum(map(len, split[:3])) == 31
+    assert split.notes == ()
+
+
+def test_split_follows_the_seed(tmp_path):
+    fill(tmp_path, a=10, b=10)
+    first, again, other = (labelled.load(tmp_path, seed) for seed in (3, 3, 4))
+    assert [part.samples for part in first[:3]] == [part.samples for part in again[:3]]
+    assert files(first.test) != files(other.test)
+    drawn = [labelled.load(tmp_path, seed).test.samples for seed in range(40)]
+    assert len({file for samples in drawn for file, _ in samples}) == 20  # any may be drawn
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_copies_of_a_picture_stay_together_and_count_once(tmp_path, seed):
+    fill(tmp_path, a=5, b=5)
+    copies = {tmp_path / "a" / name for name in ("x.png", "x.bmp", "y.tif", "z.ppm")}
+    for path in copies:
+        picture(0).save(path)
+    split = labelled.load(tmp_path, seed)
+    found = [files(part) for part in split[:3]]
+    alike = {str(path) for path in copies | {tmp_path / "a" / "0.png"}}
+    assert sorted(len(alike & part) for part in found) == [0, 0, 5]
+    assert [len(part - set(map(str, copies))) for part in found] == [6, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["validation", "val", "valid"])
+def test_parts_that_are_given_stay_as_they_are(tmp_path, name):
+    fill(tmp_path, **dict.fromkeys(GIVEN, 4), **{f"{name}/a": 2, f"{name}/b": 1, "notes": 1})
+    split = labelled.load(tmp_path)
+    for part, folder in zip(split[:3], ("train", name, "test"), strict=True):
+        assert part.classes == ["a", "b"]
+        assert files(part) == set(map(str, (tmp_path / folder).glob("*/*.png")))
+    assert tally(split.validation) == {"a": 2, "b": 1}
+
+
+def test_validation_is_a_fifth_of_train_if_only_that_and_test_are_given(tmp_path):
+    fill(tmp_path, **dict.fromkeys(GIVEN, 10))
+    first, other = (labelled.load(tmp_path, seed) for seed in (0, 1))
+    assert files(first.test) == files(other.test) == set(map(str, tmp_path.glob("test/*/*")))
+    assert [tally(part) for part in first[:2]] == [{"a": 8, "b": 8}, {"a": 2, "b": 2}]
+    assert files(first.train) | files(first.validation) == set(map(str, tmp_path.glob("train/*/*")))
+    assert files(first.validation) != files(other.validation)
+
+
+def test_one_test_image_is_enough(tmp_path):
+    fill(tmp_path, **{"train/a": 2, "train/b": 2, "test/a": 1, "test/b": 1})
+    assert list(map(len, labelled.load(tmp_path)[:3])) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".ipynb_checkpoints/x.png",
+        "__MACOSX/x.png",
+        "a/.DS_Store",
+        "a/._0.png",
+        "a/.ipynb_checkpoints/0-checkpoint.png",
+    ],
+)
+def test_what_is_hidden_is_passed_over(tmp_path, name):
+    fill(tmp_path, a=4, b=4)
+    (tmp_path / "README.txt").write_text("beside the classes")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    picture(99).save(tmp_path / name, format="PNG")
+    split = labelled.load(tmp_path)
+    assert split.train.classes == ["a", "b"]
+    assert str(tmp_path / name) not in set.union(*map(files, split[:3]))
+    assert sum(map(len, split[:3])) == 8
+
+
+def test_part_of_a_set_leaves_the_set_whole(tmp_path):
+    whole = Images(fill(tmp_path, a=3, b=2))
+    part = whole.only([4, 0])
+    assert part.samples == [whole.samples[4], whole.samples[0]]
+    assert part.targets == [1, 0]
+    assert (len(part), len(whole)) == (2, 5)
+    assert np.array_equal(part[1][0], picture(0))
+
+
+def test_progress_is_silent_unless_asked(tmp_path, capsys):
+    labelled.load(fill(tmp_path, a=3, b=3))
+    assert capsys.readouterr() == ("", "")
+    labelled.load(tmp_path, progress=True)
+    assert "read images" in capsys.readouterr().err
+
+
+# Modes
+
+
+def palette():
+    image = Image.new("P", (9, 9), 1)
+    image.putpalette([0, 0, 0, *RED])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "colour", "mode"),
+    [
+        pytest.param(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "x.tif", RED, "CMYK", id="CMYK"),
+        pytest.param(palette(), "x.png", RED, "P", id="palette"),
+        pytest.param(
+            Image.fromarray(np.full((9, 9), 25700, np.uint16)), "x.png", (100,) * 3, "I;16", id="16"
+        ),
+        pytest.param(Image.new("1", (9, 9), 1), "x.png", WHITE, "1", id="1 bit"),
+        pytest.param(Image.new("RGBA", (9, 9), (*RED, 0)), "x.png", WHITE, "RGBA", id="RGBA"),
+        pytest.param(Image.new("L", (9, 9), 90), "x.png", (90,) * 3, None, id="L"),
+        pytest.param(Image.new("RGB", (9, 9), RED), "x.bmp", RED, None, id="RGB"),
+    ],
+)
+def test_any_mode_is_read_as_rgb_with_a_note(tmp_path, image, name, colour, mode):
+    fill(tmp_path, a=3, b=3)
+    path = tmp_path / "b" / name
+    image.save(path)
+    split = labelled.load(tmp_path)
+    assert split.notes == ((f"{path} is of mode {mode} and is read as RGB.",) if mode else ())
+    (found,) = [
+        part[k][0] for part in split[:3] for k, (f, _) in enumerate(part.samples) if f == str(path)
+    ]
+    assert found.mode == read_rgb(path).mode == "RGB"
+    assert found.getcolors() == [(81, colour)]
+
+
+def test_photo_with_a_preview_beside_it_is_one_image(tmp_path):
+    fill(tmp_path, a=3, b=3)
+    more = {"save_all": True, "append_images": [picture(98)]}
+    picture(99).save(tmp_path / "a" / "phone.jpg", format="MPO", **more)
+    assert sum(map(len, labelled.load(tmp_path)[:3])) == 7
+
+
+# What is refused
+
+
+def gone(root):
+    root.rmdir()
+
+
+def a_file(root):
+    root.rmdir()
+    root.write_text("")
+
+
+def loose(root):
+    picture(0).save(root / "loose.png")
+
+
+def few(**counts):
+    return lambda root: fill(root, **counts)
+
+
+def given(**counts):
+    return lambda root: fill(root, **(dict.fromkeys(GIVEN, 4) | counts))
+
+
+def only_hidden(root):
+    fill(root, a=3, b=3, bare=0)
+    (root / "bare" / ".DS_Store").write_text("")
+
+
+def only_copies(root):
+    fill(root, a=1, b=3)
+    for name in ("x.png", "y.bmp", "z.png"):
+        picture(0).save(root / "a" / name)
+
+
+def leak(to):
+    """The picture of train/a/2.png under another name and in another format."""
+
+    def make(root):
+        picture(2).save(given()(root) / to)
+
+    return make
+
+
+def two_classes(root):
+    picture(1).save(fill(root, a=3, b=3) / "b" / "again.bmp")
+
+
+def cut_off(root):
+    path = fill(root, a=3, b=3) / "b" / "cut.jpg"
+    picture(99).resize((90, 90)).save(path, quality=95)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def with_file(name, content):
+    return lambda root: (fill(root, a=3, b=3) / name).write_bytes(content)
+
+
+def animated(name):
+    def make(root):
+        frames = [Image.new("RGB", (9, 9), colour) for colour in (RED, WHITE)]
+        path = fill(root, a=3, b=3) / "a" / name
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        pytest.param(gone, "set is no folder: name one", id="no folder"),
+        pytest.param(a_file, "set is no folder: name one", id="a file"),
+        pytest.param(few(), r"set has 0 subfolder\(s\)", id="empty"),
+        pytest.param(loose, r"set has 0 subfolder\(s\)", id="loose images"),
+        pytest.param(few(a=5), r"set has 1 subfolder\(s\)", id="one class"),
+        pytest.param(few(a=5, **{".b": 5}), r"set has 1 subfolder\(s\)", id="one beside hidden"),
+        pytest.param(few(a=3, bare=0), r"set/bare holds no file: add", id="empty class"),
+        pytest.param(only_hidden, r"set/bare holds no file: add", id="class of hidden files"),
+        pytest.param(
+            few(a=3, b=1), r"set/b/0\.png is one of only 1 .* of 'b': give at least 3", id="single"
+        ),
+        pytest.param(
+            few(a=2, b=9), r"set/a/0\.png is one of only 2 .* of 'a': give at least 3", id="two"
+        ),
+        pytest.param(only_copies, r"of only 1 different picture\(s\) of 'a'", id="copies of one"),
+        pytest.param(
+            given(**{"train/b": 1}), r"train/b/0\.png is one of only 1 .* least 2", id="given"
+        ),
+        pytest.param(
+            given(**{"train/b": 1, "val/a": 1, "val/b": 1}),
+            r"train/b/0\.png is one of only 1 .* least 2",
+            id="all given",
+        ),
+        pytest.param(given(**{"test/b": 0}), r"test/b holds no file", id="empty in test"),
+        pytest.param(
+            given(**{"test/c": 1}), r"test/c is a class that .*train lacks", id="more in test"
+        ),
+        pytest.param(
+            given(**{"train/c": 2}), r"train/c is a class that .*test lacks", id="less in test"
+        ),
+        pytest.param(
+            given(**{"val/a": 1, "val/c": 1}), r"train/b is a class that .*val lacks", id="in val"
+        ),
+        pytest.param(
+            leak("test/a/z.bmp"),
+            r"test/a/z\.bmp is the same picture as .*train/a/2\.png: the test images must not",
+            id="train in test",
+        ),
+        pytest.param(
+            leak("test/b/z.bmp"),
+            r"test/b/z\.bmp is the same picture as .*train/a/2\.png, of another class",
+            id="train in test as another class",
+        ),
+        pytest.param(
+            two_classes,
+            r"set/b/again\.bmp is the same picture as .*set/a/1\.png, of another class",
+            id="in two classes",
+        ),
+        pytest.param(cut_off, r"set/b/cut\.jpg is no readable image: mend", id="cut off"),
+        pytest.param(
+            with_file("a/page.jpg", b"<html>404</html>"), r"a/page\.jpg is no readable", id="page"
+        ),
+        pytest.param(with_file("b/notes.txt", b"words"), r"b/notes\.txt is no readable", id="text"),
+        pytest.param(with_file("b/0.png", b""), r"b/0\.png is no readable", id="no byte"),
+        pytest.param(animated("x.gif"), r"a/x\.gif has 2 frames: save the one", id="GIF"),
+        pytest.param(animated("x.tif"), r"a/x\.tif has 2 frames: save the one", id="TIFF"),
+    ],
+)
+def test_what_is_wrong_is_told(tmp_path, make, sentence):
+    root = tmp_path / "set"
+    root.mkdir()
+    make(root)
+    told_in_one_line(lambda: labelled.load(root), sentence)
