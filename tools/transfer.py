@@ -1,8 +1,9 @@
 """Accuracy by number of images: `python tools/transfer.py FOLDER WEIGHTS`.
 
-Writes `results/transfer_FOLDER.json`. FOLDER has train/CLASS/IMAGE and test/CLASS/IMAGE; WEIGHTS is a ResNet-50's, for instance the
-checkpoint of `python -m metautils train resnet50 --data cifar_fs`. A fifth of the images of a row
-choose the epoch. The same command goes on after an interruption, row by row.
+Writes `results/transfer_FOLDER.json`. FOLDER has train/CLASS/IMAGE and test/CLASS/IMAGE. WEIGHTS
+are a ResNet-50's, such as the checkpoint of `python -m metautils train resnet50 --data cifar_fs`.
+A fifth of the images of a row choose the epoch. The same command goes on after an interruption,
+row by row.
 """
 
 import json
