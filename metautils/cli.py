@@ -247,6 +247,8 @@ def finetune_folder(args: argparse.Namespace) -> None:
     weights = None if args.weights == "none" else args.weights
     if weights is None and args.pull is not None:
         raise ValueError("--l2-sp pulls to pretrained weights, so it needs other --weights.")
+    if args.pull is not None and args.pull < 0:
+        raise ValueError(f"--l2-sp is {args.pull}: a strength is 0 or more.")
     tested = finetune.run(args.data, args.out, recipe, weights, args.device, args.workers)
     print(tested)
     print(f"Classifier in {args.out / finetune.MODEL}, record in {args.out / 'record.json'}")
@@ -330,7 +332,9 @@ def _test(
     bank = _rotated(bank, rotations).to(device)
     settings = _settings(bank, asked)
     queries = min(QUERIES, int(bank.counts.min()) - max(k for _, k in settings))
-    trained = learner.on_features(bank) if isinstance(learner, Baseline) else (learner, bank)
+    # Features cannot be turned, so a test that turns images embeds them anew in every task.
+    once = isinstance(learner, Baseline) and rotations != "episode"
+    trained = learner.on_features(bank) if once else (learner, bank)
     rows = {}
     for name, (each, images) in {
         "evaluations": trained,

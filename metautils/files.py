@@ -51,8 +51,10 @@ def check_folder(folder: Path, room: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe.partial"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written to ({error.strerror}): choose another folder."

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -91,7 +92,7 @@ class Classifier(nn.Sequential):
         Raises:
             DataError: if the file is no readable image.
         """
-        picture = image.convert("RGB") if isinstance(image, Image.Image) else read_rgb(image)
+        picture = read_rgb(image)
         self.eval()
         x = to_test(self.size)(picture)[None].to(self.head.weight.device)
         chances = self(x)[0].softmax(0).tolist()
@@ -114,7 +115,12 @@ def load(path: str | Path) -> Classifier:
     if not isinstance(told, dict) or not {"classes", "size", "weights"} <= told.keys():
         raise DataError(f"{path} holds no classifier: name the model.pt of a fine-tuning.")
     net = Classifier(pretrained.body(None), told["classes"], told["size"])
-    net.load_state_dict(told["weights"])
+    try:
+        net.load_state_dict(told["weights"])
+    except RuntimeError as error:
+        raise DataError(
+            f"{path} holds another network: name the model.pt of a fine-tuning."
+        ) from error
     return net.eval()
 
 
@@ -156,7 +162,6 @@ def _loader(data: Dataset, recipe: Recipe, shuffle: bool, workers: int = 0) -> D
         num_workers=workers,
         drop_last=single,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
     )
 
 
@@ -180,8 +185,7 @@ def _features(
     net: Classifier, split: Split, recipe: Recipe, kept: Path | None, workers: int, progress: bool
 ) -> tuple[TensorDataset, TensorDataset]:
     """Features of the training and validation images, from the file `kept` if it has them."""
-    files = [file for part in split[:2] for file, _ in part.samples]
-    told = {"size": net.size, "files": files, "body": _sum(net.body)}
+    told = {"size": net.size, **_told(net, split)}
     if kept is not None and kept.exists():
         saved = load_safely(kept)
         if saved["of"] == told:
@@ -193,9 +197,15 @@ def _features(
     return train, validation
 
 
-def _sum(net: nn.Module) -> float:
-    """One number that tells two sets of weights apart."""
-    return float(sum(x.double().sum() for x in net.state_dict().values()))
+def _told(net: Classifier, split: Split) -> dict[str, Any]:
+    """What tells this training from another: its files, its classes, where its body begins."""
+    files = [file for part in split[:2] for file, _ in part.samples]
+    stats = [Path(file).stat() for file in files]
+    return {
+        "files": [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)],
+        "classes": net.classes,
+        "body": float(sum(x.double().sum() for x in net.body.state_dict().values())),
+    }
 
 
 def stage_one(
@@ -277,7 +287,7 @@ def stage_two(
         recipe.patience,
         None if recipe.pull is None else penalty,
         path,
-        {**asdict(recipe), "files": len(split.train)},
+        {**asdict(recipe), **_told(net, split)},
         progress,
     )
 
@@ -363,6 +373,8 @@ def run(
         DataError: if images, weights or folder are not as they should be, before any training.
     """
     made_by = results.provenance(torch.device(device))
+    if Path(path).resolve() in (out.resolve(), *out.resolve().parents):
+        raise DataError(f"{out} lies in {path} and would be taken for a class: choose another.")
     check_folder(out, ROOM)
     split = labelled.load(path, recipe.seed, progress=True)
     for note in split.notes[:5]:
@@ -370,6 +382,7 @@ def run(
     if len(split.notes) > 5:
         print(f"... and {len(split.notes) - 5} more that are read as RGB.")
     print("images:", *(f"{len(part)} {name}" for part, name in zip(split, PARTS, strict=False)))
+    torch.manual_seed(recipe.seed)
     net = Classifier(pretrained.body(weights), split.train.classes, recipe.size).to(device)
     began = time.perf_counter()
     stages = [stage_two] if weights is None else [stage_one, stage_two]

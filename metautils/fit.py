@@ -17,14 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from metautils.files import load_safely, save_atomically
+from metautils.files import DataError, load_safely, save_atomically
 from metautils.precision import fast_autocast
-from metautils.train import CheckpointMismatch
+from metautils.train import CheckpointMismatch, check_same_network
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """A row of a training's table; accuracies in percent."""
+    """A row of a training's table; losses without penalty, accuracies in percent."""
 
     number: int
     train_loss: float
@@ -70,7 +70,7 @@ def fit(
         patience: end after so many epochs without a better one (None: never).
         penalty: of the network, added to the loss of every batch.
         path: of the checkpoint, written after every epoch.
-        settings: what the checkpoint must agree in to be gone on with.
+        settings: what the checkpoint must agree in to be gone on with; each is compared.
         progress: show a bar, and a row for each epoch.
 
     Raises:
@@ -78,6 +78,7 @@ def fit(
         CheckpointMismatch: if `path` holds another run.
         DataError: if the checkpoint is damaged or cannot be written.
     """
+    optimizer.zero_grad()  # an interruption may have left some
     run = _Fit(net, optimizer, schedule, path, settings or {})
     if path is not None and path.exists():
         run.resume()
@@ -194,6 +195,8 @@ class _Fit:
 
     def resume(self) -> None:
         state = load_safely(self.path)
+        if not isinstance(state, dict) or not {"settings", "net", "merits"} <= state.keys():
+            raise DataError(f"{self.path} is no checkpoint of a training: name another folder.")
         for name, value in self.settings.items():
             saved = state["settings"].get(name)
             if saved != value:
@@ -201,6 +204,7 @@ class _Fit:
                     f"{self.path} was made with {name}={saved}, not {value}: give the same "
                     "settings to go on with it, or another folder to start anew."
                 )
+        check_same_network(state["net"], self.net, self.path)
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +51,8 @@ def imagenet() -> dict[str, Tensor]:
         _check_hash(path)  # torch checks a file only while it downloads it
     try:
         state = IMAGENET.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path} holds more than tensors: delete it, run again.") from error
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{name} is not in {path.parent} and could not be downloaded ({error}): connect to "
@@ -75,9 +79,13 @@ def _stored(path: Path) -> dict[str, Tensor]:
         start = "embed.net."
         best = saved["best"].items()
         saved = {name.removeprefix(start): x for name, x in best if name.startswith(start)}
-    if not isinstance(saved, dict) or not all(isinstance(x, Tensor) for x in saved.values()):
+    if not isinstance(saved, dict) or not all(map(_is_weight, saved.items())):
         raise DataError(f"{path} holds no weights of a network: name another file.")
     return _without_head(saved)
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,6 +123,6 @@ class Prepared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, 1 or 3, h, w)` in [0, 1] to what the network gives."""
-        if self.size is not None and x.shape[-1] != self.size:
+        if self.size is not None and x.shape[-2:] != (self.size, self.size):
             x = nn.functional.interpolate(x, (self.size, self.size), mode="bilinear")
         return self.net(((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last))

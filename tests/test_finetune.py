@@ -563,7 +563,7 @@ def test_bad_folder_is_told_before_anything_is_done(tmp_path, monkeypatch, bodie
     (tmp_path / "file").write_text("")
     if out == "full":
         no_room(monkeypatch)
-    told_in_one_line(lambda: finetune.run(tmp_path, tmp_path / out, RECIPE), sentence)
+    told_in_one_line(lambda: finetune.run(tmp_path / "photos", tmp_path / out, RECIPE), sentence)
     assert bodies == []
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
 
@@ -653,7 +653,9 @@ def says(capsys, arguments, sentence):
         ("good", ("--weights", "gone.pt"), r"gone\.pt does not exist"),
         ("good", ("--weights", "good/red/0.png"), r"good/red/0\.png is damaged, or not written"),
         ("good", ("--l2-sp", 0.1), "--l2-sp pulls to pretrained weights, so it needs other"),
-        ("good", ("--out", "good/red/0.png"), r"0\.png cannot be written to .*: choose another"),
+        ("good", ("--out", "bad/red/x.jpg"), r"x\.jpg cannot be written to .*: choose another"),
+        ("good", ("--out", "good/red/new"), r"new lies in good and would be taken for a class"),
+        ("good", ("--weights", "none", "--l2-sp", -1), "needs other --weights"),
     ],
 )
 def test_finetune_tells_what_is_wrong(tmp_path, monkeypatch, capsys, data, more, sentence):

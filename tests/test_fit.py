@@ -109,6 +109,12 @@ def test_learns_what_can_be_learnt():
     assert measure(net, validation())[1] == 100
 
 
+def test_trains_in_training_mode():
+    net = net_of().eval()
+    run(net=net, epochs=1)
+    assert int(net[1].num_batches_tracked) == BATCHES
+
+
 def test_row_of_training_is_the_mean_over_images():
     """Batches of 8, 8 and 2 images, with weights that stay as they are."""
     x, y = points(images=18)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -74,14 +75,14 @@ def _read(file: Path, size: int, channels: int) -> Tensor:
     return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
 
 
-def read_image(file: str | Path) -> Image.Image:
-    """One image of any mode as 8 bits, grey or RGB, upright; transparency becomes white.
+def read_image(file: str | Path | Image.Image) -> Image.Image:
+    """An image, from a file or open, as 8 bits, grey or RGB, upright; transparency becomes white.
 
     Raises:
         DataError: if the file is no image, or is cut off.
     """
     try:
-        with Image.open(file) as opened:
+        with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as opened:
             image = ImageOps.exif_transpose(_eight_bits(opened))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} is no readable image: mend or remove it ({error}).") from error

@@ -21,7 +21,7 @@ SHARE = 0.2  # of a class, for validation and for test each
 PLAIN = {"RGB", "L"}  # modes that are read as they are
 
 
-def read_rgb(file: str | Path) -> Image.Image:
+def read_rgb(file: str | Path | Image.Image) -> Image.Image:
     """An image of any mode in colour, see `metautils.data.folder.read_image`."""
     return read_image(file).convert("RGB")
 
@@ -30,7 +30,7 @@ class Images(ImageFolder):
     """torchvision's ImageFolder with a reader for every mode, blind to hidden files and folders.
 
     ImageFolder itself takes `.ipynb_checkpoints` for a class, and passes over files whose ending
-    it does not know; here every file of a class counts.
+    it does not know; here every file of a class counts, those in subfolders of it too.
 
     Args:
         root: a folder with a subfolder for each class.
@@ -40,12 +40,10 @@ class Images(ImageFolder):
     """
 
     def __init__(self, root: Path) -> None:
-        super().__init__(str(root), loader=read_rgb, is_valid_file=_visible, allow_empty=True)
-        if len(self.classes) < 2:
-            raise DataError(
-                f"{root} has {len(self.classes)} subfolder(s): a classifier needs two or more, "
-                "one for the images of each class."
-            )
+        def shown(file: str) -> bool:
+            return all(map(_visible, Path(file).relative_to(root).parts))
+
+        super().__init__(str(root), loader=read_rgb, is_valid_file=shown, allow_empty=True)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Names of the subfolders, sorted, and their labels."""
@@ -53,8 +51,13 @@ class Images(ImageFolder):
             raise DataError(
                 f"{directory} is no folder: name one that holds a subfolder for each class."
             )
-        folders = (p for p in Path(directory).iterdir() if p.is_dir() and _visible(str(p)))
+        folders = (p for p in Path(directory).iterdir() if p.is_dir() and _visible(p.name))
         names = sorted(p.name for p in folders)
+        if len(names) < 2:
+            raise DataError(
+                f"{directory} has {len(names)} subfolder(s): a classifier needs two or more, one "
+                "for the images of each class."
+            )
         return names, {name: k for k, name in enumerate(names)}
 
     def only(self, rows: Sequence[int]) -> Images:
@@ -86,7 +89,8 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
 
     In the first layout every class gives a fifth of its pictures to validation and a fifth to
     test, at random; copies of a picture stay together. The second has `train` and `test`, and a
-    fifth of `train` becomes the validation if there is no `validation` or `val`.
+    fifth of `train` becomes the validation if there is no `validation` or `val`. A class needs
+    three different pictures in the first layout; in the second, two in `train`, one in `test`.
 
     Args:
         path: the folder.
@@ -99,9 +103,7 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
             two parts or two classes hold the same picture. The sentence names the file.
     """
     path = Path(path)
-    found = {part: _first(path, names) for part, names in PARTS.items()}
-    given = found["train"] is not None and found["test"] is not None
-    folders = {k: p for k, p in found.items() if p is not None} if given else {"train": path}
+    folders = _parts(path) or {"train": path}
     sets = {part: Images(folder) for part, folder in folders.items()}
     _check_classes(sets)
     contents, notes = _read_all([f for each in sets.values() for f, _ in each.samples], progress)
@@ -112,12 +114,20 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
     return Split(*(sets[part] for part in PARTS), notes)
 
 
-def _first(path: Path, names: Sequence[str]) -> Path | None:
-    return next((path / name for name in names if (path / name).is_dir()), None)
+def _parts(path: Path) -> dict[str, Path]:
+    """The folders of a split that was made already; none where the subfolders are classes."""
+    there = {p.name.lower(): p for p in path.iterdir() if p.is_dir()} if path.is_dir() else {}
+    found = {part: there[name] for part, names in PARTS.items() for name in names if name in there}
+    if "train" in found and "test" not in found:
+        raise DataError(
+            f"{path} has {found['train'].name}/ and no test/: add images to test on, or put the "
+            "classes directly into the folder to have them split."
+        )
+    return found if "train" in found else {}
 
 
-def _visible(path: str) -> bool:
-    return not Path(path).name.startswith((".", "__MACOSX"))
+def _visible(name: str) -> bool:
+    return not name.startswith((".", "__MACOSX"))
 
 
 def _check_classes(sets: dict[str, Images]) -> None:

@@ -125,7 +125,10 @@ class Baseline(Learner):
             return self.fit(support, support_y, query)
 
     def on_features(self, bank: ClassBank) -> tuple[Baseline, ClassBank]:
-        """The same answers at less cost: features of all images, and a learner for them."""
+        """The same answers at less cost: a learner of features, and the features of all images.
+
+        Puts this learner into evaluation mode.
+        """
         self.eval()
         return Baseline(nn.Identity(), nn.Identity(), self.fit), bank.map(self.embed)
 
