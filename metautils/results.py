@@ -198,6 +198,7 @@ def page() -> str:
         *map(_measured, sorted(folder().glob("optimizer_*.json"))),
         "## Fine-tuning",
         *map(_measured, sorted(folder().glob("finetune_*.json"))),
+        *map(_measured, sorted(folder().glob("transfer_*.json"))),
         "## Inside the networks",
         *map(_measured, sorted(folder().glob("inside_*.json"))),
         "## Speed",
