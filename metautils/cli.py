@@ -119,8 +119,10 @@ def _classifying(fit: Fit, head: Callable[[int, int], nn.Module] = nn.Linear) ->
     """A Conv-4 that learns to tell the training classes apart, as Chen et al. 2019 pretrain."""
 
     def make(image: torch.Size, ways: int, transductive: bool, classes: int) -> Learner:
-        features = 64 * (image[1] // 16) * (image[2] // 16)
-        return Baseline(Conv4(image[0]), head(features, classes), fit)
+        body = Conv4(image[0])
+        with torch.no_grad():
+            features = body.eval()(torch.zeros(1, *image)).shape[1]
+        return Baseline(body.train(), head(features, classes), fit)
 
     return make
 

@@ -237,6 +237,8 @@ def test_learner_that_compares(tmp_path, method, shots):
     sizes = {"ways": 3, "shots": shots, "queries": 2, "tasks": 1}
     assert record["train"] == sizes | {"transductive": False}
     told = {"protonet": "", "matching": "scale=10.0", "relation": "objective=task_loss"}
+    told |= {"baseline": "fit=linear_head", "baseline_pp": "fit=cosine_head"}
+    told |= dict.fromkeys(["centroid", "resnet50"], "fit=nearest_centroid")
     assert record["learner"] == told[method]
     expected = [(5, 1), (5, 5), (20, 1), (20, 5)]
     if method == "relation":
@@ -368,7 +370,7 @@ def test_presets_are_sound(monkeypatch, method, name):
     made = cli.METHODS[method]
     preset = made.presets[name]
     assert preset.episodes >= 600
-    learner = made.make(torch.Size([1, 28, 28]), preset.ways, True)
+    learner = made.make(torch.Size([1, 28, 28]), preset.ways, True, 12)
     x = torch.rand(1, preset.ways * preset.shots, 1, 28, 28)
     y = torch.arange(preset.ways).repeat(1, preset.shots)
     predictions = learner.eval()(x, y, torch.rand(1, 2, 1, 28, 28))

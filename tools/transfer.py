@@ -41,28 +41,35 @@ def drawn(whole, images, seed):
     return whole._replace(train=pool.only(rows[0]), validation=pool.only(rows[1]))
 
 
-def accuracies(split, weights, recipe):
-    """Right answers by method."""
-    tested, right = split.test, {}
+def accuracies(split, weights, recipe, kept):
+    """Right answers and minutes by method; `kept` holds those of an earlier run."""
+    found = json.loads(kept.read_text()) if kept.exists() else {}
 
-    def note(name, net):
-        right[name] = finetune.test(net, tested, recipe).right
-        print(f"  {name}: {100 * right[name] / len(tested):.1f} %", flush=True)
+    def note(name, net, began):
+        right = finetune.test(net, split.test, recipe).right
+        found[name] = {"right": right, "minutes": (time.perf_counter() - began) / 60}
+        results.write_json(found, kept)
+        print(f"  {name}: {100 * right / len(split.test):.1f} %", flush=True)
 
     torch.manual_seed(recipe.seed)
     random = Classifier(pretrained.body(None), split.train.classes, recipe.size)
     longer = 2 * recipe.epochs
     scratch = replace(recipe, lr=SCRATCH_RATE, epochs=longer, step=longer // 2, patience=longer)
-    stage_two(random, split, scratch)
-    note("from scratch", random)
+    if "from scratch" not in found:
+        began = time.perf_counter()
+        stage_two(random, split, scratch)
+        note("from scratch", random, began)
     for name, pull in {"fine-tuned": None, "fine-tuned, L2-SP": PULL}.items():
+        if name in found:
+            continue
+        began = time.perf_counter()
         net = Classifier(pretrained.body(weights), split.train.classes, recipe.size)
         stage_one(net, split, recipe)
         if pull is None:
-            note("linear probe", net)
+            note("linear probe", net, began)
         stage_two(net, split, replace(recipe, pull=pull))
-        note(name, net)
-    return right
+        note(name, net, began)
+    return found
 
 
 def table(found, total):
@@ -70,7 +77,7 @@ def table(found, total):
     rows = []
     for images, runs in found.items():
         for name in ("from scratch", "linear probe", "fine-tuned", "fine-tuned, L2-SP"):
-            right = [run[name] for run in runs]
+            right = [run[name]["right"] for run in runs]
             mean = sum(right) / len(right)
             low, high = wilson95(round(mean), total)
             by_draw = ", ".join(f"{100 * r / total:.1f}" for r in right)
@@ -87,21 +94,23 @@ if __name__ == "__main__":
     folder, weights = Path(sys.argv[1]), Path(sys.argv[2])
     made = results.provenance(torch.device("cpu"))
     whole = labelled.load(folder, progress=True)
-    began, found = time.perf_counter(), {}
+    found = {}
     for images, draws in DRAWS.items():
-        recipe = Recipe(size=64, lr=3e-3, epochs=EPOCHS[images], step=2 * EPOCHS[images] // 3)
+        epochs = EPOCHS[images]
+        recipe = Recipe(size=64, lr=3e-3, epochs=epochs, step=2 * epochs // 3, patience=epochs)
         found[images] = []
         for seed in range(draws):
-            kept = Path("runs") / "transfer" / f"{images}-{seed}.json"
-            if not kept.exists():
-                print(f"{images} images a class, draw {seed}", flush=True)
-                split = drawn(whole, images, seed)
-                results.write_json(accuracies(split, weights, replace(recipe, seed=seed)), kept)
-            found[images].append(json.loads(kept.read_text()))
+            print(f"{images} images a class, draw {seed}", flush=True)
+            place = Path("runs") / "transfer" / folder.name / weights.parent.name
+            kept = place / f"{images}-{seed}.json"
+            split = drawn(whole, images, seed)
+            found[images].append(accuracies(split, weights, replace(recipe, seed=seed), kept))
+    runs = [run for each in found.values() for run in each]
+    minutes = sum(each["minutes"] for run in runs for each in run.values())
     record = {
         "what": f"Fine-tuning a ResNet-50 on {folder.name}, images of 64 pixels",
         "tables": [table(found, len(whole.test))],
-        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "minutes": round(minutes, 1),
         **made,
     }
     path = results.folder() / f"transfer_{folder.name.replace('-', '_')}.json"
