@@ -393,7 +393,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--size", type=_positive, help="of the images in pixels, 224 by default")
     tune.add_argument("--batch", type=_positive, help="images in a step")
     tune.add_argument("--epochs", type=_positive, help="of all layers, at most")
-    tune.add_argument("--l2-sp", dest="pull", type=float, help="strength of a pull to the old weights")
+    tune.add_argument("--l2-sp", dest="pull", type=float, help="strength of a pull to the start")
     tune.add_argument(
         "--no-mirror", dest="mirror", action="store_false", help="for letters, digits, signs"
     )
