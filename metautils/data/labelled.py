@@ -71,11 +71,8 @@ class Images(ImageFolder):
 class Split(NamedTuple):
     """Three sets of images of the same classes; no picture is in two of them.
 
-    Attributes:
-        train: to learn from.
-        validation: to choose the epoch.
-        test: to report on, once.
-        notes: a sentence on each file that is read in another way than it was written.
+    Learn from `train`, choose the epoch by `validation`, report on `test`, once. `notes` has a
+    sentence on each file that is read in another way than it was written.
     """
 
     train: Images
