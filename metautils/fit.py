@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from metautils.files import DataError, load_safely, save_atomically
 from metautils.precision import fast_autocast
-from metautils.train import CheckpointMismatch, check_same_network
+from metautils.train import check_same_network, check_same_settings
 
 
 @dataclass(frozen=True)
@@ -197,13 +197,7 @@ class _Fit:
         state = load_safely(self.path)
         if not isinstance(state, dict) or not {"settings", "net", "merits"} <= state.keys():
             raise DataError(f"{self.path} is no checkpoint of a training: name another folder.")
-        for name, value in self.settings.items():
-            saved = state["settings"].get(name)
-            if saved != value:
-                raise CheckpointMismatch(
-                    f"{self.path} was made with {name}={saved}, not {value}: give the same "
-                    "settings to go on with it, or another folder to start anew."
-                )
+        check_same_settings(state["settings"], self.settings, self.path)
         check_same_network(state["net"], self.net, self.path)
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])

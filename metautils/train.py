@@ -128,6 +128,20 @@ def check_same_network(weights: dict[str, Tensor], learner: Learner, path: Path)
             )
 
 
+def check_same_settings(saved: dict[str, Any], own: dict[str, Any], path: Path) -> None:
+    """Compare the settings of a checkpoint with those of the run that would go on with it.
+
+    Raises:
+        CheckpointMismatch: at the first difference.
+    """
+    for name, value in own.items():
+        if saved.get(name) != value:
+            raise CheckpointMismatch(
+                f"{path} was made with {name}={saved.get(name)}, not {value}: give the same "
+                "settings to go on with it, or another folder to start anew."
+            )
+
+
 class _Run:
     """The state of a training run: all that a resumed one needs to go on as if never stopped."""
 
@@ -221,13 +235,7 @@ class _Run:
     def resume(self, path: Path) -> None:
         state = _read(path)
         check_same_network(state["learner"], self.learner, path)
-        for name, value in self.settings.items():
-            saved = state["settings"].get(name)
-            if saved != value:
-                raise CheckpointMismatch(
-                    f"{path} was made with {name}={saved}, not {value}: give the same settings to "
-                    "go on with it, or another folder to start anew."
-                )
+        check_same_settings(state["settings"], self.settings, path)
         self.learner.load_state_dict(state["learner"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
