@@ -35,7 +35,7 @@ pins: $(READY)  ## resolve constraints.txt anew from requirements.txt
 	@mv .pins constraints.txt
 
 clean:  ## remove what was built (the environment too)
-	rm -rf .venv _build book/_generated dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv _build dist .pytest_cache .ruff_cache .hypothesis
 
 # uv installs the same wheels several times faster; where it cannot (it does not read pip's
 # settings for mirrors and certificates), pip does.

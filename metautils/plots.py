@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import html
 import io
-import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from PIL import Image
 from torch import Tensor
 
 from metautils.episode import Episode
-
-if TYPE_CHECKING:
-    from IPython.display import HTML
+from metautils.shown import SHARPNESS, Shown
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, in the order that keeps
 # neighbours distinct on white and on black.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 NO_ALT = "Every figure needs alt text: say what it shows in a sentence."
 INK = "#010203"  # stands for the page's own text colour, see `show`
+CSS_PIXELS = 96  # an inch of a page
 
 STYLE = {
     "figure.figsize": (6.4, 3.4),
@@ -49,8 +48,8 @@ STYLE = {
 plt.rcParams.update(STYLE)
 
 
-def show(figure: Figure, alt: str) -> HTML:
-    """The figure as a drawing inside the page, in the page's text colour, light or dark.
+def show(figure: Figure, alt: str) -> Shown:
+    """The figure as a picture, and as a drawing for the book's site.
 
     Args:
         figure: closed afterwards.
@@ -59,13 +58,13 @@ def show(figure: Figure, alt: str) -> HTML:
     Raises:
         ValueError: if `alt` is empty.
     """
-    from IPython.display import HTML
-
-    return HTML(f'<div class="figure" style="overflow-x: auto">{_svg(figure, alt)}</div>')
+    return _shown([figure], alt)
 
 
-def show_slider(figures: Sequence[Figure], labels: Sequence[str], alt: str) -> HTML:
+def show_slider(figures: Sequence[Figure], labels: Sequence[str], alt: str) -> Shown:
     """Figures of equal size behind one slider, which needs the browser but no kernel.
+
+    Where no script may run they stand one below the other.
 
     Args:
         figures: one for each place of the slider; closed afterwards.
@@ -75,49 +74,49 @@ def show_slider(figures: Sequence[Figure], labels: Sequence[str], alt: str) -> H
     Raises:
         ValueError: if `alt` is empty, or labels and figures differ in number.
     """
-    from IPython.display import HTML
-
-    if not alt.strip():
-        raise ValueError(NO_ALT)
     if len(labels) != len(figures):
         raise ValueError(f"{len(figures)} figures have {len(labels)} labels: give one for each.")
-    frames = [
-        # Names of its own in each frame: a browser may not look them up in a hidden one.
-        _svg(figure, f"{alt} Here: {label}.", salt=f"metautils{k}")
-        for k, (figure, label) in enumerate(zip(figures, labels, strict=True))
-    ]
-    hidden = ["", *[' hidden=""'] * (len(frames) - 1)]
-    shown = "".join(f"<div{h}>{svg}</div>" for h, svg in zip(hidden, frames, strict=True))
-    names = html.escape(json.dumps(list(labels)), quote=True)
-    # One line of script in the page moves it: it works in a saved page, on Colab and in Jupyter.
-    move = (
-        "const f=this.closest('.figure'),v=+this.value;"
-        "[...f.querySelector('.frames').children].forEach((d,k)=>{d.hidden=k!==v});"
-        "const t=JSON.parse(this.dataset.labels)[v];"
-        "f.querySelector('output').textContent=t;this.setAttribute('aria-valuetext',t)"
-    )
-    first = html.escape(labels[0])
-    return HTML(
-        f'<div class="figure" style="overflow-x: auto"><div class="frames">{shown}</div>'
-        f'<label style="display: block">Move the slider: <input type="range" min="0" '
-        f'max="{len(frames) - 1}" value="0" step="1" style="vertical-align: middle; width: 50%" '
-        f'data-labels="{names}" aria-valuetext="{first}" oninput="{move}"/> '
-        f"<output>{first}</output></label></div>"
-    )
+    return _shown(figures, alt, labels)
 
 
-def _svg(figure: Figure, alt: str, salt: str = STYLE["svg.hashsalt"]) -> str:
-    """The figure as SVG text in the page's ink, closed afterwards."""
+def _shown(figures: Sequence[Figure], alt: str, labels: Sequence[str] = ()) -> Shown:
+    """The figures in all their forms, closed afterwards."""
     if not alt.strip():
         raise ValueError(NO_ALT)
+    alts = [f"{alt} Here: {label}." for label in labels] or [alt]
+    # Saving resets the layout of a figure that has none of its own to the house style's.
+    with plt.rc_context({"figure.constrained_layout.use": False}):
+        drawings = [
+            # Names of its own in each frame: a browser may not look them up in a hidden one.
+            _svg(figure, each, salt=f"metautils{k}" if labels else "metautils")
+            for k, (figure, each) in enumerate(zip(figures, alts, strict=True))
+        ]
+        pictures = [_png(figure) for figure in figures]
+    for figure in figures:
+        plt.close(figure)
+    return Shown(pictures, drawings, alts, labels)
+
+
+def _svg(figure: Figure, alt: str, salt: str) -> str:
+    """The figure as SVG text in the page's ink."""
     file = io.StringIO()
     with plt.rc_context({"svg.hashsalt": salt}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     label = html.escape(alt, quote=True)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure as a picture on white, legible on a dark page too; few colours, a small file."""
+    file, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(
+        file, format="png", dpi=SHARPNESS * CSS_PIXELS, transparent=False, facecolor="white"
+    )
+    picture = Image.open(file).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    picture.save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def _picture(image: Tensor) -> dict[str, Any]:

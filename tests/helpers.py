@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from torch import Tensor, nn
 
 from metautils.data.bank import ClassBank
@@ -46,6 +47,11 @@ def real_data() -> Path:
     if not named:
         pytest.skip("no real images: METAUTILS_DATA is not set and ../shared/data is not there")
     return Path(named)
+
+
+def as_html(text: str) -> str:
+    """Markdown as HTML, by the common rules alone."""
+    return MarkdownIt("commonmark").enable("table").render(text)
 
 
 def write_archives(

@@ -7,14 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT
-from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
-from myst_parser.config.main import MdParserConfig
-from myst_parser.parsers.mdit import create_md_parser
 
 import notebooks
+import portable
 
 each_chapter = pytest.mark.parametrize("text", notebooks.chapters(), ids=lambda text: text.stem)
 
@@ -23,11 +20,7 @@ EVERYDAY = {"way"}
 NUMBER = r"(?:\d+|[kmn])[-\s]|(?:one|two|three|four|five|ten|twenty)-"
 LINK = r"\{term\}`(?:[^`<]*<)?(?P<target>[^`>]+)>?`"
 
-# The book's own parser, with the book's own extensions: what is prose here is prose on the page.
-OPTIONS = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["parse"]
-PARSER = create_md_parser(
-    MdParserConfig(enable_extensions=OPTIONS["myst_enable_extensions"]), RendererHTML
-)
+PARSER = portable.parser()
 
 
 def entries() -> list[list[str]]:

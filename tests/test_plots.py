@@ -1,8 +1,11 @@
 """Figures are drawings inside the page: described, in its colour and font, needing nothing else."""
 
+import base64
 import html
+import io
 import json
 import re
+import warnings
 from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
@@ -10,11 +13,14 @@ import pytest
 import torch
 from helpers import ROOT, blobs
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from metautils import plots
 from metautils.sampling import EpisodeSampler
+from metautils.shown import form_for_site
 
 SVG = "{http://www.w3.org/2000/svg}"
+LABELS = ["0 steps", "1 <b>", "2"]
 
 
 def line():
@@ -29,9 +35,24 @@ def episode(ways=3, shots=1, queries=4):
     return EpisodeSampler(blobs(), ways, shots, queries).sample()
 
 
+def forms(shown):
+    """What a cell's output holds, by type."""
+    return shown._repr_mimebundle_()[0]
+
+
+def site_form(shown):
+    """The HTML that the site shows."""
+    return form_for_site(forms(shown))
+
+
+def picture(content):
+    """A PNG as it comes in an output."""
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
 def drawn(figure, alt="What is seen."):
     """The page's text, and the drawing parsed."""
-    text = plots.show(figure, alt).data
+    text = site_form(plots.show(figure, alt))
     start, end = text.index("<svg"), text.index("</svg>") + len("</svg>")
     return text, ElementTree.fromstring(text[start:end])
 
@@ -58,6 +79,7 @@ def test_description_is_needed(alt):
 
 FIGURES = {
     "line": line,
+    "sheet": lambda: plots.sheet(2, 1)[1].figure,
     "episode": lambda: plots.draw_episode(episode()),
     "grid": lambda: plots.draw_grid([blobs()[k] for k in range(3)]),
 }
@@ -197,7 +219,7 @@ def test_episode_has_the_queries_that_are_asked_for(queries):
 
 
 def test_slider_shows_its_first_frame_and_hides_the_others():
-    text = plots.show_slider([line(), line(), line()], ["0 steps", "1 <b>", "2"], "A fall.").data
+    text = site_form(plots.show_slider([line(), line(), line()], LABELS, "A fall."))
     body = ElementTree.fromstring(text)
     frames = body.find("div[@class='frames']")
     assert ["hidden" in frame.attrib for frame in frames] == [False, True, True]
@@ -205,12 +227,12 @@ def test_slider_shows_its_first_frame_and_hides_the_others():
     assert told == ["A fall. Here: 0 steps.", "A fall. Here: 1 <b>.", "A fall. Here: 2."]
     knob = body.find("label/input")
     assert (knob.get("min"), knob.get("max"), knob.get("value")) == ("0", "2", "0")
-    assert json.loads(knob.get("data-labels")) == ["0 steps", "1 <b>", "2"]
+    assert json.loads(knob.get("data-labels")) == LABELS
     assert body.find("label/output").text == "0 steps"
 
 
 def test_frames_of_a_slider_share_no_names():
-    text = plots.show_slider([line(), line()], ["a", "b"], "A fall.").data
+    text = site_form(plots.show_slider([line(), line()], ["a", "b"], "A fall."))
     paths = re.findall(r'<clipPath id="([^"]+)"', text)
     assert len(paths) == len(set(paths)) == 2
 
@@ -220,6 +242,43 @@ def test_slider_needs_a_label_for_each_figure_and_a_description():
         plots.show_slider([line(), line()], ["a"], "A fall.")
     with pytest.raises(ValueError, match="needs alt text"):
         plots.show_slider([line()], ["a"], " ")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_picture_shows_where_neither_svg_nor_style_nor_script_may(name):
+    alt = 'A "line" < a curve.'
+    with warnings.catch_warnings(action="error"):
+        data, about = plots.show(FIGURES[name](), alt)._repr_mimebundle_()
+    assert data["text/plain"] == alt == about["image/png"]["alt"]
+    assert not re.search(r"<(svg|style|script)", data["text/html"])
+    image = ElementTree.fromstring(data["text/html"]).find("img")
+    assert image.get("alt") == alt
+    start, content = image.get("src").split(",")
+    assert start == "data:image/png;base64"
+    assert content == data["image/png"]
+    shown = picture(content).convert("RGB")
+    assert shown.getpixel((1, 1)) == (255, 255, 255), "on white, so that it is seen in the dark"
+    assert name == "sheet" or shown.getextrema() != ((255, 255),) * 3, "something is drawn"
+    assert int(image.get("width")) == about["image/png"]["width"] == round(shown.width / 1.5)
+
+
+def test_a_slider_shows_all_its_frames_where_no_script_may_run():
+    data = forms(plots.show_slider([line(), line(), line()], LABELS, "A fall."))
+    frames = ElementTree.fromstring(data["text/html"]).findall("div[@class='frames']/div/img")
+    assert [f.get("alt") for f in frames] == [f"A fall. Here: {label}." for label in LABELS]
+    one, sheet = picture(frames[0].get("src").split(",")[1]), picture(data["image/png"])
+    assert sheet.size == (2 * (one.width // 2), 2 * (one.height // 2))
+
+
+def test_the_same_figure_gives_the_same_forms():
+    assert forms(plots.show(line(), "A line.")) == forms(plots.show(line(), "A line."))
+
+
+def test_figures_are_closed():
+    plt.close("all")
+    plots.show(line(), "A line.")
+    plots.show_slider([line(), line()], ["a", "b"], "Two.")
+    assert plt.get_fignums() == []
 
 
 def test_a_diagram_holds_what_is_drawn_on_its_sheet():

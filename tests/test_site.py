@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import http.server
-import shutil
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +15,17 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 from conftest import ROOT
-from playwright.sync_api import Browser, Page, Route, sync_playwright
+from helpers import as_html
+from playwright.sync_api import Browser, Page, Route
 
 import notebooks
+import portable
 
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 VIEWS = {"desktop": (1280, 900), "phone": (390, 844)}
 each_page = pytest.mark.parametrize("page", PAGES)
+each_chapter = pytest.mark.parametrize("text", notebooks.chapters(), ids=lambda text: text.stem)
 
 
 @functools.cache
@@ -72,15 +75,73 @@ def test_page_is_described(site: Path, page: str):
         assert label or figure.get("aria-hidden") == "true", "a drawing without a description"
 
 
-@pytest.mark.parametrize("text", notebooks.chapters(), ids=lambda text: text.stem)
+@each_chapter
 def test_chapter_opens_on_colab(site: Path, text: Path):
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    config = portable.config()["repository"]
     owner_and_name = config["url"].removeprefix("https://github.com/")
     address = (
         f"https://colab.research.google.com/github/{owner_and_name}"
         f"/blob/{config['branch']}/notebooks/{text.stem}.ipynb"
     )
-    assert read(site / "notebooks" / f"{text.stem}.html").find("a", href=address)
+    page = read(site / "notebooks" / f"{text.stem}.html")
+    assert page.find("a", href=address)
+    assert portable.on_colab(f"notebooks/{text.stem}") == address
+
+
+@each_chapter
+def test_a_page_offers_the_notebook_that_runs_anywhere(site: Path, text: Path):
+    page = site / "notebooks" / f"{text.stem}.html"
+    link = read(page).select_one("a.btn-download-source-button")
+    offered = (page.parent / link["href"]).resolve()
+    assert offered.read_bytes() == notebooks.notebook_of(text).read_bytes()
+
+
+def stored_cells(text: Path) -> list[str]:
+    """The Markdown of the notebook that readers open elsewhere."""
+    cells = notebooks.stored(text).cells
+    return [cell.source for cell in cells if cell.cell_type == "markdown"]
+
+
+@each_chapter
+def test_links_of_a_notebook_lead_into_the_site(site: Path, text: Path):
+    base = portable.config()["html"]["baseurl"]
+    cells = "\n\n".join(stored_cells(text))
+    links = [a["href"] for a in BeautifulSoup(as_html(cells), "html.parser").find_all("a")]
+    own = [urlsplit(link.removeprefix(base)) for link in links if link.startswith(base)]
+    assert own and not [link for link in links if not link.startswith("https://")]
+    for link in own:
+        assert (site / link.path).is_file(), link.path
+        assert not link.fragment or read(site / link.path).find(id=unquote(link.fragment)), link
+
+
+@each_chapter
+def test_a_notebook_says_what_its_page_says(site: Path, text: Path):
+    """Word for word, with the same formulas and the same numbers of equations."""
+    page = copy.copy(read(site / "notebooks" / f"{text.stem}.html").select_one("article"))
+    for tag in page.select(".cell, .headerlink, .prev-next-area, script"):
+        tag.decompose()
+    numbers = [tag.extract().get_text() for tag in page.select(".eqno")]
+    formulas = [tag.replace_with("0").get_text() for tag in page.select(".math")]
+    cells = stored_cells(text)
+    cells[0] = re.sub(r"\n\[!\[.*\n", "\n", cells[0])  # the line of links under the title
+    there = "\n\n".join(cells)
+    assert [f"({n})" for n in re.findall(r"\\tag\{(\d+)\}", there)] == numbers
+    written = re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", there, re.S)
+    assert [bare(a or b) for a, b in written] == [bare(f) for f in formulas]
+    prose = as_html(re.sub(r"\$\$.+?\$\$|\$.+?\$", "0", there, flags=re.S))
+    assert words(BeautifulSoup(prose, "html.parser")) == words(page)
+
+
+def bare(formula: str) -> str:
+    """A formula without what each side writes around it."""
+    inside = re.sub(r"^\\[(\[]|\\[)\]]$|\\tag\{\d+\}|\\(begin|end)\{split\}", "", formula.strip())
+    return re.sub(r"\s", "", inside)
+
+
+def words(page: BeautifulSoup) -> list[str]:
+    """What is read on a page, word by word; quotation marks may be curly or straight."""
+    text = page.get_text(" ").translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
+    return re.findall(r"\w+|[^\w\s]", text)
 
 
 @each_page
@@ -116,20 +177,6 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """A browser of this machine, without a window."""
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if executable is None:
-        pytest.skip(f"there is no browser: none of {', '.join(BROWSERS)} is installed")
-    with sync_playwright() as play:
-        # --no-sandbox: continuous integration runs as root, where the sandbox cannot start.
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = play.chromium.launch(executable_path=executable, args=options)
-        yield browser
-        browser.close()
 
 
 def show(browser: Browser, address: str, page: str, view: str, theme: str) -> tuple[Page, list]:

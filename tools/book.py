@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,8 +19,29 @@ FIRST_PAGE = """<!DOCTYPE html>
 """
 
 
-def write_results() -> None:
-    """Write the page that book/results.md includes, from the records in results/."""
+# Libraries are imported late, so that this file can say what is wrong outside the environment.
+def lay_out(tree: Path) -> None:
+    """Put what the site is made of into a folder: text, tables of results, chapters with outputs.
+
+    The notebooks in notebooks/ are for readers elsewhere; here each chapter is its MyST text.
+    """
+    import nbformat
+
+    import notebooks
+
+    for name in ("_config.yml", "_toc.yml", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "book", tree / "book", ignore=shutil.ignore_patterns("[0-9][0-9]_*.md"))
+    (tree / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "docstrings.py", tree / "tools")
+    (tree / "notebooks").mkdir()
+    for text in notebooks.chapters():
+        nbformat.write(notebooks.for_site(text), tree / "notebooks" / f"{text.stem}.ipynb")
+    write_results(tree / "book" / "_generated" / "results.md")
+
+
+def write_results(page: Path) -> None:
+    """Write what book/results.md includes, from the records in results/."""
     table = subprocess.run(
         [sys.executable, "-m", "metautils", "results"],
         cwd=ROOT,
@@ -27,7 +49,6 @@ def write_results() -> None:
         stdout=subprocess.PIPE,
         encoding="utf-8",
     ).stdout
-    page = ROOT / "book" / "_generated" / "results.md"
     page.parent.mkdir(exist_ok=True)
     page.write_text(table, encoding="utf-8")
 
@@ -39,17 +60,19 @@ def build(folder: Path) -> Path:
     """
     site = folder / "_build" / "html"
     shutil.rmtree(site, ignore_errors=True)
-    write_results()
     tool = Path(sys.executable).with_name("jupyter-book")
     options = ["build", ".", "--all", "-n", "-W", "--keep-going", "-q", "--path-output"]
-    subprocess.run([tool, *options, folder], cwd=ROOT, check=True)
+    with tempfile.TemporaryDirectory() as tree:
+        lay_out(Path(tree))
+        subprocess.run([tool, *options, folder.resolve()], cwd=tree, check=True)
+    # What a page offers to download is the notebook that runs anywhere.
+    shutil.copytree(ROOT / "notebooks", site / "_sources" / "notebooks", dirs_exist_ok=True)
     write_first_page(site)
     return site / "index.html"
 
 
 def write_first_page(site: Path) -> None:
     """Replace the bare redirect of Jupyter Book by one with a language and a title."""
-    # Imported late, so that this file can say what is wrong when run outside the environment.
     import yaml
 
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))

@@ -3,8 +3,10 @@
     python tools/notebooks.py run [NAME ...]    execute chapters (all, or those that start so)
     python tools/notebooks.py sync              carry edits over; execute only where code changed
 
-In the text, @REPOSITORY@ stands for the address in _config.yml and @RUN_TIME@ for the measured
-time of the stored run. Notebooks are never edited by hand; tests/test_notebooks.py compares.
+What is stored is portable Markdown (tools/portable.py), with outputs; the site is built from the
+text with the same outputs (tools/book.py). In the text, @REPOSITORY@ stands for the address in
+_config.yml and @RUN_TIME@ for the measured time of the stored run. Notebooks are never edited by
+hand; tests/test_notebooks.py compares.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import jupytext
 import nbformat
 import papermill
-import yaml
 from nbformat import NotebookNode
+
+import portable
+from metautils.shown import form_for_site
 
 ROOT = Path(__file__).resolve().parents[1]
 METADATA = {
@@ -42,11 +45,14 @@ def notebook_of(text: Path) -> Path:
     return ROOT / "notebooks" / f"{text.stem}.ipynb"
 
 
-@cache
+def stored(text: Path) -> NotebookNode:
+    """The executed pair of a chapter's text."""
+    return nbformat.read(notebook_of(text), as_version=4)
+
+
 def repository() -> str:
     """The address of the repository, from the one place where it is written."""
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    return config["repository"]["url"]
+    return portable.config()["repository"]["url"]
 
 
 def in_words(seconds: float | None) -> str:
@@ -59,7 +65,12 @@ def in_words(seconds: float | None) -> str:
 
 
 def render(text: Path, seconds: float | None) -> NotebookNode:
-    """The notebook that a chapter's text says, without outputs."""
+    """The portable notebook that a chapter's text says, without outputs."""
+    return portable.notebook(read(text, seconds), f"notebooks/{text.stem}")
+
+
+def read(text: Path, seconds: float | None) -> NotebookNode:
+    """A chapter's text as a notebook of MyST, without outputs."""
     notebook = jupytext.read(text, fmt="md:myst")
     words = {"@REPOSITORY@": repository(), "@RUN_TIME@": in_words(seconds)}
     for position, cell in enumerate(notebook.cells):
@@ -69,6 +80,24 @@ def render(text: Path, seconds: float | None) -> NotebookNode:
             cell.source = cell.source.replace(placeholder, value)
     metadata = METADATA | {"metautils": {"run_seconds": seconds}}
     return nbformat.v4.new_notebook(cells=notebook.cells, metadata=metadata)
+
+
+def for_site(text: Path) -> NotebookNode:
+    """The notebook from which the site makes a chapter's page: the text, with stored outputs."""
+    old = stored(text)
+    page = read(text, old.metadata.metautils.run_seconds)
+    take_outputs(page, old)
+    for cell in code_cells(page):
+        for output in cell.outputs:
+            if html := form_for_site(output.get("data", {})):
+                output.data, output.metadata = {"text/html": html}, {}
+        if title := portable.TITLE.match(cell.source):
+            cell.source = cell.source[title.end() :]
+            if "hide-cell" in cell.metadata.tags:
+                inside = title[1][0].lower() + title[1][1:]
+                prompts = {f"code_prompt_{v.lower()}": f"{v} {inside}" for v in ("Show", "Hide")}
+                cell.metadata["mystnb"] = prompts
+    return page
 
 
 def execute(notebook: NotebookNode) -> tuple[NotebookNode, float]:
@@ -136,7 +165,7 @@ def sync(text: Path) -> None:
     path = notebook_of(text)
     if not path.exists():
         return run(text)
-    old = nbformat.read(path, as_version=4)
+    old = stored(text)
     new = render(text, old.metadata.metautils.run_seconds)
     if [c.source for c in code_cells(old)] != [c.source for c in code_cells(new)]:
         return run(text)
