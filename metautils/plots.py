@@ -64,7 +64,7 @@ def show(figure: Figure, alt: str) -> Shown:
 def show_slider(figures: Sequence[Figure], labels: Sequence[str], alt: str) -> Shown:
     """Figures of equal size behind one slider, which needs the browser but no kernel.
 
-    Where no script may run they stand one below the other.
+    Outside the book's site, where scripts may not run, each is unfolded by its label.
 
     Args:
         figures: one for each place of the slider; closed afterwards.

@@ -48,9 +48,9 @@ class Shown:
         whole = self.pictures[0] if len(self.pictures) == 1 else _sheet_of(self.pictures)
         data = {
             "text/plain": " ".join(self.alts),
-            "text/html": _page(images, self.labels),
+            "text/html": _folds(images, self.labels),
             "image/png": _base64(whole),
-            SITE: _base64(gzip.compress(_page(self.drawings, self.labels).encode(), mtime=0)),
+            SITE: _base64(gzip.compress(_slider(self.drawings, self.labels).encode(), mtime=0)),
         }
         return data, {"image/png": {"alt": data["text/plain"], "width": _width(whole)}}
 
@@ -61,14 +61,25 @@ def form_for_site(data: dict[str, str]) -> str | None:
     return packed and gzip.decompress(base64.b64decode(packed)).decode()
 
 
-def _page(frames: Sequence[str], labels: Sequence[str]) -> str:
+def _folds(frames: Sequence[str], labels: Sequence[str]) -> str:
+    """One frame as it is, or several to be unfolded, which needs no script."""
+    if not labels:
+        return f"<div>{frames[0]}</div>"
+    marks = [' open=""', *[""] * (len(frames) - 1)]
+    return "".join(
+        f"<details{mark}><summary>{html.escape(label)}</summary>{frame}</details>"
+        for mark, label, frame in zip(marks, labels, frames, strict=True)
+    )
+
+
+def _slider(frames: Sequence[str], labels: Sequence[str]) -> str:
     """One frame as it is, or several behind a slider."""
     if not labels:
         return f'<div class="figure" style="overflow-x: auto">{frames[0]}</div>'
     hidden = ["", *[' hidden=""'] * (len(frames) - 1)]
     shown = "".join(f"<div{h}>{frame}</div>" for h, frame in zip(hidden, frames, strict=True))
     names = html.escape(json.dumps(list(labels)), quote=True)
-    # One line of script in the page moves it: it works in a saved page, on Colab and in Jupyter.
+    # One line of script in the page moves it: it works in a saved page too.
     move = (
         "const f=this.closest('.figure'),v=+this.value;"
         "[...f.querySelector('.frames').children].forEach((d,k)=>{d.hidden=k!==v});"

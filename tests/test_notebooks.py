@@ -175,6 +175,22 @@ def test_sync_runs_a_new_chapter_and_a_changed_cell_but_not_changed_prose(small,
     assert ran == [small]
 
 
+def test_the_stored_time_is_the_least_of_the_same_code(small, monkeypatch):
+    executed = notebooks.execute(notebooks.render(small, None))[0]
+    for seconds, words in ((40.2, "40 s"), (55, "40 s"), (30, "30 s")):
+        monkeypatch.setattr(notebooks, "execute", lambda _, s=seconds: (executed, s))
+        notebooks.run(small)
+        assert f"It takes {words}econds." in stored(small).cells[0].source
+    other = small.read_text().replace("6 * 7", "7 * 6")
+    small.write_text(other)
+    executed = notebooks.render(small, None)
+    notebooks.run(small)
+    monkeypatch.setattr(notebooks, "execute", lambda _: (notebooks.render(small, None), 70))
+    small.write_text(other.replace("7 * 6", "6 * 7"))
+    notebooks.run(small)
+    assert stored(small).metadata.metautils.run_seconds == 70, "other code, another time"
+
+
 def test_a_run_that_fails_leaves_the_stored_notebook_as_it_was(small):
     notebooks.sync(small)
     before = notebooks.notebook_of(small).read_bytes()

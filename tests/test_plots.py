@@ -264,7 +264,10 @@ def test_a_picture_shows_where_neither_svg_nor_style_nor_script_may(name):
 
 def test_a_slider_shows_all_its_frames_where_no_script_may_run():
     data = forms(plots.show_slider([line(), line(), line()], LABELS, "A fall."))
-    frames = ElementTree.fromstring(data["text/html"]).findall("div[@class='frames']/div/img")
+    folds = ElementTree.fromstring(f"<div>{data['text/html']}</div>").findall("details")
+    assert [fold.find("summary").text for fold in folds] == LABELS
+    assert ["open" in fold.attrib for fold in folds] == [True, False, False]
+    frames = [fold.find("img") for fold in folds]
     assert [f.get("alt") for f in frames] == [f"A fall. Here: {label}." for label in LABELS]
     one, sheet = picture(frames[0].get("src").split(",")[1]), picture(data["image/png"])
     assert sheet.size == (2 * (one.width // 2), 2 * (one.height // 2))
