@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
-    model = next((x.split(":")[1].strip() for x in names if x.startswith("model name")), "CPU")
+    try:
+        names = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # only Linux has that file
+        names = []
+    known = (x.split(":")[1].strip() for x in names if x.startswith("model name"))
+    model = next(known, platform.processor() or platform.machine() or "CPU")
     return f"{model}, {os.cpu_count()} cores"
 
 

@@ -86,6 +86,7 @@ def meta_train(
     run = _Run(learner, episodes, validation, steps, lr, path)
     if path is not None and path.exists():
         run.resume(path)
+    run.optimizer.zero_grad()  # an interruption may have left some
     learner.train()
     bar = tqdm(total=steps, initial=run.step, desc="train", disable=not progress, leave=False)
     with bar:

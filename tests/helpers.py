@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count, islice
@@ -263,21 +264,26 @@ def stop_in(learner: Learner, call: int) -> None:
 def check_that_a_stopped_training_resumes(
     make: Callable[[], Learner], call: int, folder: Path
 ) -> None:
-    """Interrupted in this call in step 6 to 10 and resumed, it ends bit for bit as without."""
+    """Interrupted in this call in step 6 to 10 and resumed, it ends bit for bit as without.
+
+    Resumed by a learner made anew, and by the very one that was interrupted.
+    """
     whole, cut, resumed = make(), make(), make()
     history = train_on_blobs(whole, folder / "whole")
     stop_in(cut, call)
     with pytest.raises(KeyboardInterrupt):
         train_on_blobs(cut, folder / "cut")
     assert load_safely(folder / "cut" / CHECKPOINT)["step"] == 5
+    shutil.copytree(folder / "cut", folder / "same")
     with torch.no_grad():
         for p in resumed.parameters():
             p.zero_()
-    again = train_on_blobs(resumed, folder / "cut")
-    assert same_weights(resumed.state_dict(), whole.state_dict())
-    assert again.loss == history.loss
-    assert again.accuracy == history.accuracy
-    assert again.validation == history.validation
+    for learner, out in ((resumed, folder / "cut"), (cut, folder / "same")):
+        again = train_on_blobs(learner, out)
+        assert same_weights(learner.state_dict(), whole.state_dict())
+        assert again.loss == history.loss
+        assert again.accuracy == history.accuracy
+        assert again.validation == history.validation
 
 
 def check_that_evaluation_leaves_no_trace(learner: Learner) -> None:

@@ -1,6 +1,7 @@
 """Records say where a number comes from, and stand beside the published ones."""
 
 import json
+import os
 import re
 import subprocess
 from types import SimpleNamespace
@@ -110,6 +111,18 @@ def test_provenance_tells_where_and_with_what():
     assert told["threads"] == torch.get_num_threads()
     assert told["torch"] == torch.__version__
     assert re.fullmatch(r".+, \d+ cores", told["device"])
+
+
+@pytest.mark.parametrize("wrong", [FileNotFoundError, PermissionError])
+def test_provenance_where_the_system_tells_nothing_of_its_processor(monkeypatch, wrong):
+    def fails(path, **named):
+        raise wrong(path)
+
+    monkeypatch.setattr(results.Path, "read_text", fails)  # as on macOS
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    told = results.provenance(torch.device("cpu"))["device"]
+    assert told == f"arm64, {os.cpu_count()} cores"
 
 
 @pytest.mark.parametrize(

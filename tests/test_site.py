@@ -18,6 +18,7 @@ from conftest import ROOT
 from helpers import as_html
 from playwright.sync_api import Browser, Page, Route
 
+import book
 import notebooks
 import portable
 
@@ -100,6 +101,12 @@ def stored_cells(text: Path) -> list[str]:
     """The Markdown of the notebook that readers open elsewhere."""
     cells = notebooks.stored(text).cells
     return [cell.source for cell in cells if cell.cell_type == "markdown"]
+
+
+def test_results_are_written_where_pipes_have_another_encoding(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")  # as on Windows
+    book.write_results(tmp_path / "_generated" / "results.md")
+    assert "\u00a0±\u00a0" in (tmp_path / "_generated" / "results.md").read_text(encoding="utf-8")
 
 
 @each_chapter

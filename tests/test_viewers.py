@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "--ServerApp.ip=127.0.0.1",
         "--IdentityProvider.token=",
     ]
-    options += [f"--ServerApp.port={port}", f"--ServerApp.root_dir={ROOT / 'notebooks'}"]
+    options += [f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder / 'notebooks'}"]
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")  # JupyterLab writes beside them
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
@@ -89,9 +91,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.wait(30)
 
 
-def open_in_lab(browser: Browser, lab: str, text: Path, width: int = 1280) -> Page:
+def open_in_lab(browser: Browser, lab: str, text: Path) -> Page:
     """A notebook as a reader sees it who has not run it, with no network but this machine."""
-    tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
 
     def pass_own(route: Route) -> None:
         own = route.request.url.startswith((lab, "data:", "blob:"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,8 @@ def write_results(page: Path) -> None:
         check=True,
         stdout=subprocess.PIPE,
         encoding="utf-8",
+        # Where a pipe has another encoding, as on Windows, the child would print in that.
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
     ).stdout
     page.parent.mkdir(exist_ok=True)
     page.write_text(table, encoding="utf-8")
@@ -65,8 +68,9 @@ def build(folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as tree:
         lay_out(Path(tree))
         subprocess.run([tool, *options, folder.resolve()], cwd=tree, check=True)
-    # What a page offers to download is the notebook that runs anywhere.
-    shutil.copytree(ROOT / "notebooks", site / "_sources" / "notebooks", dirs_exist_ok=True)
+    for notebook in (site / "_sources" / "notebooks").glob("*.ipynb"):
+        # What a page offers to download is the notebook that runs anywhere.
+        shutil.copy(ROOT / "notebooks" / notebook.name, notebook)
     write_first_page(site)
     return site / "index.html"
 
