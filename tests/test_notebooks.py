@@ -175,6 +175,14 @@ def test_sync_runs_a_new_chapter_and_a_changed_cell_but_not_changed_prose(small,
     assert ran == [small]
 
 
+def test_the_site_shows_no_output_of_other_code(small):
+    notebooks.sync(small)
+    assert notebooks.for_site(small).cells[1].outputs[0].text == "42\n"
+    small.write_text(small.read_text().replace("6 * 7", "7 * 7"))
+    with pytest.raises(ValueError, match="01_small is stored with other code.*make sync"):
+        notebooks.for_site(small)
+
+
 def test_the_stored_time_is_the_least_of_the_same_code(small, monkeypatch):
     executed = notebooks.execute(notebooks.render(small, None))[0]
     for seconds, words in ((40.2, "40 s"), (55, "40 s"), (30, "30 s")):

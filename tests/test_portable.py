@@ -16,7 +16,7 @@ CONCEPTS = f"[{portable.titles()['notebooks/01_concepts']}]({BASE}notebooks/01_c
 NUMBER = portable.equations()["eq-maml-inner"][0]
 
 SAME = [
-    "plain *words*, a [link](https://example.org/a_b), `code` and $x_1$, 5 $ or 6 $",
+    "plain *words*, a [link](https://example.org/a_b), `code` and $x_1$",
     "`{math}` alone, ``{term}`task` ``, and {braces}",
     "```python\nprint('{math}`x`')\n```",
     "| a | b |\n|---|--:|\n| `x|y` | 2 |",
@@ -27,7 +27,7 @@ SAME = [
 ]
 CHANGED = {
     "a {math}`\\alpha_{1}`-step": "a $\\alpha_{1}$-step",
-    "{math}`a`{math}` b `": "$a$$b$",
+    "{math}`a`, {math}` b `": "$a$, $b$",
     "**{term}`task`**": f"**[task]({GLOSSARY}task)**",
     "{term}`Tasks\n<task>` here": f"[Tasks]({GLOSSARY}task) here",
     "{term}`maml`": f"[maml]({GLOSSARY}MAML)",
@@ -45,13 +45,20 @@ CHANGED = {
     "| {math}`a` | {term}`task` |\n|---|---|\n| {math}`b` | {math}`b` |": "| $a$ "
     f"| [task]({GLOSSARY}task) |\n|---|---|\n| $b$ | $b$ |",
     "> so {math}`a +\n> b`\n> it is": "> so $a + b$\n> it is",
-    "(here)=\n## A heading": "## A heading",
-    "a\n\n```{math}\n:label: eq-maml-inner\nx \\\\\ny\n```\n\nb": "a\n\n$$\nx \\\\\n"
-    f"y\n\\tag{{{NUMBER}}}\n$$\n\nb",
+    "(here)=\n## A heading": "\n## A heading",
+    "one\n(here)=\ntwo": "one\n\ntwo",
+    "a\n\n```{math}\n:label: eq-maml-inner\nx \\\\\ny\n```\n\nb": "a\n\n$$\n"
+    f"\\begin{{split}}\nx \\\\\ny\n\\end{{split}}\n\\tag{{{NUMBER}}}\n$$\n\nb",
+    "- ```{math}\n  x\n  ```\n- b": "- $$\n  x\n  $$\n- b",
+    "> ```{math}\n> x\n> + y\n> ```\n> z": "> $$ x + y $$\n> z",
+    "1. :::{note}\n   hi\n   :::": "1. > **Note**\n   >\n   > hi",
+    "~~~{note}\nx  \ny\n~~~": "> **Note**\n>\n> x  \n> y",
+    "| `x \\| y` | {math}`a` |\n|---|---|": "| `x \\| y` | $a$ |\n|---|---|",
     "- a\n\n  ```{math}\n  x\n  ```\n- b": "- a\n\n  $$\n  x\n  $$\n- b",
     "```{note}\nWith {math}`x`.\n\nMore.\n```": "> **Note**\n>\n> With $x$.\n>\n> More.",
     ":::{admonition} A {math}`y`\nBody\n:::": "> **A $y$**\n>\n> Body",
-    ":::{tip} First.\nSecond.\n:::": "> **Tip**\n>\n> First.\n>\n> Second.",
+    ":::{tip} First.\nSecond.\n:::": "> **Tip**\n>\n> First.\n> Second.",
+    ":::{note}\n```{math}\nx\n```\n:::": "> **Note**\n>\n> $$ x $$",
     "```{admonition} Answer\n:class: tip dropdown\n{math}`x`\n```": "<details>"
     "<summary>Answer</summary>\n\n$x$\n\n</details>",
 }
@@ -65,6 +72,19 @@ REFUSED = {
     "```{math}\n:label: eq-nowhere\nx\n```": "names what is not there",
     "[there](01_concepts.md)": "leads nowhere from a notebook",
     "a note[^1]\n\n[^1]: of this": "footnote",
+    "US$ 5 and US$ 6": "without a space",
+    "US$5": "name the currency in letters",
+    "{math}`a`{math}`b`": "two formulas touch",
+    "| {math}`\\|x\\|` |\n|---|": "lvert for a bar",
+    "```{math} x\n```": "a formula is one paragraph",
+    "```{math}\nx\n\ny\n```": "a formula is one paragraph",
+    "```{math}\n:name: a\nx\n```": "no option but a label",
+    ":::{dropdown} Why `x`?\ny\n:::": "title of a fold is plain words",
+    "![a](../book/_static/x.png)": "leads nowhere from a notebook",
+    "<img src='../x.png'>": "no notebook shows this rightly",
+    "<details>\n{term}`task`\n</details>": "no notebook shows this rightly",
+    "`x`{.cls}": "no notebook shows",
+    "``` {figure} x\n```": r"directive \{figure\} has no portable form",
     "% a comment": "myst_line_comment",
     "$$\nx\n$$ (eq-a)": "math_block_label",
 }

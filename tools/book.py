@@ -20,7 +20,6 @@ FIRST_PAGE = """<!DOCTYPE html>
 """
 
 
-# Libraries are imported late, so that this file can say what is wrong outside the environment.
 def lay_out(tree: Path) -> None:
     """Put what the site is made of into a folder: text, tables of results, chapters with outputs.
 

@@ -86,6 +86,8 @@ def for_site(text: Path) -> NotebookNode:
     """The notebook from which the site makes a chapter's page: the text, with stored outputs."""
     old = stored(text)
     page = read(text, old.metadata.metautils.run_seconds)
+    if bare_code(page) != bare_code(old):
+        raise ValueError(f"{text.stem} is stored with other code than its text has: make sync")
     take_outputs(page, old)
     for cell in code_cells(page):
         for output in cell.outputs:
@@ -93,7 +95,7 @@ def for_site(text: Path) -> NotebookNode:
                 output.data, output.metadata = {"text/html": html}, {}
         if title := portable.TITLE.match(cell.source):
             cell.source = cell.source[title.end() :]
-            if "hide-cell" in cell.metadata.tags:
+            if "hide-cell" in cell.metadata.get("tags", []):
                 inside = title[1][0].lower() + title[1][1:]
                 prompts = {f"code_prompt_{v.lower()}": f"{v} {inside}" for v in ("Show", "Hide")}
                 cell.metadata["mystnb"] = prompts
@@ -153,8 +155,8 @@ def store(notebook: NotebookNode, path: Path) -> None:
 def run(text: Path) -> None:
     """Execute a chapter and store it with its outputs and its measured time.
 
-    That time is the least of all runs of the same code: what else the machine had to do while it
-    ran is not the chapter's.
+    That time is the least of all runs of the same cells: what else the machine had to do while
+    they ran is not the chapter's. (Delete the notebook to measure anew.)
     """
     print(f"{text.stem}: executing", flush=True)
     executed, seconds = execute(render(text, None))
@@ -179,7 +181,7 @@ def sync(text: Path) -> None:
         return run(text)
     old = stored(text)
     new = render(text, old.metadata.metautils.run_seconds)
-    if [c.source for c in code_cells(old)] != [c.source for c in code_cells(new)]:
+    if bare_code(old) != bare_code(new):
         return run(text)
     take_outputs(new, old)
     if new == old:

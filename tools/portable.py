@@ -25,7 +25,7 @@ from markdown_it.token import Token
 from myst_parser.config.main import MdParserConfig
 from myst_parser.parsers.mdit import create_md_parser
 from nbformat import NotebookNode
-from pybtex.database import Person, parse_file
+from pybtex.database import Entry, Person, parse_file
 from sphinx.util.nodes import _make_id
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,8 @@ ADMONITIONS = {
     *("important", "note", "seealso", "tip", "warning"),
 }
 UNPORTABLE = {
-    *("amsmath", "dl_open", "footnote_anchor", "footnote_ref", "math_block_label"),
+    *("amsmath", "dl_open", "footnote_anchor", "footnote_ref", "footnote_reference_open"),
+    "math_block_label",
     *("myst_block_break", "myst_line_comment", "span_open"),
     *("substitution_block", "substitution_inline"),
 }
@@ -82,7 +83,7 @@ def equations() -> dict[str, tuple[int, str]]:
         (label, name)
         for name, text in pages().items()
         for token in parser().parse(text)
-        if token.info == "{math}" and (label := options(token.content)[0].get("label"))
+        if token.info.strip() == "{math}" and (label := options(token.content)[0].get("label"))
     )
     return {label: (number, name) for number, (label, name) in enumerate(labels, 1)}
 
@@ -97,16 +98,9 @@ def terms() -> dict[str, str]:
 
 
 @cache
-def papers() -> dict[str, tuple[str, str]]:
-    """Authors, as a text names them, and year of each paper of the bibliography."""
-    entries = parse_file(ROOT / "book" / "references.bib").entries
-    return {
-        key: (
-            in_words(entry.persons.get("author") or entry.persons["editor"]),
-            entry.fields["year"],
-        )
-        for key, entry in entries.items()
-    }
+def papers() -> dict[str, Entry]:
+    """The entries of the bibliography."""
+    return dict(parse_file(ROOT / "book" / "references.bib").entries)
 
 
 def in_words(people: list[Person]) -> str:
@@ -153,7 +147,7 @@ def markdown(text: str, page: str) -> str:
     for (first, last), tokens in sorted(pieces.items(), reverse=True):
         old = "\n".join(lines[first:last])
         if (new := in_place_of(old, tokens, page)) != old:
-            lines[first:last] = new.split("\n") if new else []
+            lines[first:last] = new.split("\n")
     return "\n".join(lines)
 
 
@@ -162,35 +156,67 @@ def in_place_of(source: str, tokens: list[Token], page: str) -> str:
     for token in tokens:
         if token.type in UNPORTABLE:
             raise UnknownMyst(f"{page}: no notebook shows {token.type} rightly: {source!r}")
-        if token.type == "myst_target":
+        if token.type == "html_block":
+            check_html(token.content, page)
+        if token.type == "myst_target" and source.startswith("("):
             return ""
-        if token.type in ("fence", "colon_fence") and token.info.startswith("{"):
-            margin = re.match(r"[^`:]*", source)[0]
-            body = directive(token, page).splitlines()
-            return "\n".join((margin + line).rstrip() for line in body)
+        if token.type in ("fence", "colon_fence") and token.info.strip().startswith("{"):
+            margin = re.match(r"[^`:~]*", source)[0]
+            return with_margin(directive(token, page), margin, re.sub(r"[^\s>]", " ", margin))
     inline = [child for token in tokens for child in token.children or []]
-    return "".join(spans(source, inline, page))
+    new = "".join(spans(source, inline, page))
+    if "$$" in new and "$$" not in source:
+        raise UnknownMyst(f"{page}: two formulas touch, and would be read as one: {source!r}")
+    return new
+
+
+def with_margin(text: str, first: str, rest: str) -> str:
+    """Text behind the marks of a list or quote; in a quote a formula stands on one line."""
+    if ">" in rest:
+        text = re.sub(r"\$\$.+?\$\$", lambda found: " ".join(found[0].split()), text, flags=re.S)
+    lines = zip((first, *[rest] * text.count("\n")), text.split("\n"), strict=True)
+    return "\n".join(margin + line if line.strip() else margin.rstrip() for margin, line in lines)
+
+
+def check_html(html: str, page: str) -> None:
+    """Refuse HTML that holds MyST, which no one reads there, or leads to a file beside the page."""
+    if re.search(r"\{[\w:-]+\}`|(src|href)=[\"']?(?!https:|#|data:)", html):
+        raise UnknownMyst(f"{page}: no notebook shows this rightly: {html!r}")
 
 
 def spans(source: str, children: list[Token], page: str) -> Iterator[str]:
     """The source of some inline tokens, piece by piece, with words in place of roles."""
     for child in children:
-        if child.type in UNPORTABLE:
-            raise UnknownMyst(f"{page}: no notebook shows {child.type} rightly: {source!r}")
-        if child.type == "link_open" and not str(child.attrs["href"]).startswith("http"):
-            raise UnknownMyst(f"{page}: {child.attrs['href']!r} leads nowhere from a notebook")
+        check_span(child, page)
         if child.type not in ("myst_role", "code_inline"):
             continue
         # The parser gives no places, so each piece is looked for after the one before. In a
         # block quote a line's mark may stand between two words.
         name = child.meta.get("name", "")
         mark = re.escape(f"{{{name}}}") if name else ""
-        words = r"[\s>]+".join(map(re.escape, child.content.split()))
+        words = r"[\s>]+".join(map(re.escape, child.content.split())).replace(r"\|", r"\\?\|")
         found = re.search(rf"{mark}(`+)[\s>]*{words}[\s>]*\1", source)
+        if found is None or (name and r"\|" in found[0]):
+            raise UnknownMyst(f"{page}: write {child.content!r} otherwise, as \\lvert for a bar")
         yield source[: found.start()]
         yield role(name, child.content, page) if name else found[0]
         source = source[found.end() :]
     yield source
+
+
+def check_span(child: Token, page: str) -> None:
+    """Refuse what stands within a line and is shown on the site alone."""
+    told = f"{page}: no notebook shows {child.content or child.attrs!r} rightly"
+    if child.type in UNPORTABLE or child.attrs.keys() - {"href", "src", "alt", "title"}:
+        raise UnknownMyst(f"{told} ({child.type})")
+    if child.type == "text" and "$" in child.content:
+        raise UnknownMyst(f"{told}: a dollar begins a formula, so name the currency in letters")
+    if child.type == "math_inline" and child.content != child.content.strip():
+        raise UnknownMyst(f"{told}: a formula begins and ends without a space")
+    if child.type == "html_inline":
+        check_html(child.content, page)
+    if not str(child.attrs.get("href", child.attrs.get("src", "http"))).startswith("http"):
+        raise UnknownMyst(f"{told}: it leads nowhere from a notebook")
 
 
 def role(name: str, content: str, page: str) -> str:
@@ -231,7 +257,12 @@ def look_up(table: dict[str, Any], name: str, page: str) -> Any:
 def cited(keys: list[str], textual: bool, page: str) -> str:
     """Papers as a text cites them, each with a link to the site's bibliography."""
     links = []
-    for who, year, key in sorted((*look_up(papers(), k.strip(), page), k.strip()) for k in keys):
+    found = {key.strip(): look_up(papers(), key.strip(), page) for key in keys}
+    for key, entry in found.items():
+        if "year" not in entry.fields or not entry.persons:
+            raise UnknownMyst(f"{page}: {key!r} in references.bib has no year, or no author")
+    whose = {k: in_words(e.persons.get("author") or e.persons["editor"]) for k, e in found.items()}
+    for who, year, key in sorted((whose[k], e.fields["year"], k) for k, e in found.items()):
         shown = year if textual else f"{who}, {year}"
         link = f"[{shown}]({address(BIBLIOGRAPHY, f'cite-{key}')})"
         links.append(f"{who} [{link}]" if textual else link)
@@ -247,20 +278,27 @@ def directive(token: Token, page: str) -> str:
     kind, argument = re.fullmatch(r"\{([\w:-]+)\}\s*(.*)", token.info.strip()).groups()
     chosen, body = options(token.content)
     if kind == "math":
+        odd = chosen.keys() - {"label", "class"} or body.startswith("---") or "\n\n" in body
+        if argument or odd:
+            raise UnknownMyst(f"{page}: a formula is one paragraph, with no option but a label")
+        if r"\\" in body and r"\begin{" not in body:
+            body = f"\\begin{{split}}\n{body}\n\\end{{split}}"  # as Sphinx does
         if label := chosen.get("label"):
             body += f"\n\\tag{{{look_up(equations(), label, page)[0]}}}"
         return f"$$\n{body}\n$$"
     if kind not in ADMONITIONS:
         raise UnknownMyst(f"{page}: the directive {{{kind}}} has no portable form")
-    heading = kind.capitalize()
+    heading = "See also" if kind == "seealso" else kind.capitalize()
     if argument and kind in ("admonition", "dropdown"):
         heading = argument
     elif argument:
-        body = f"{argument}\n\n{body}"
+        body = f"{argument}\n{body}"
     heading, body = markdown(heading, page), markdown(body, page)
-    if "dropdown" in (kind, *chosen.get("class", "").split()):
-        return f"<details><summary>{heading}</summary>\n\n{body}\n\n</details>"
-    return "\n".join(f"> {line}".rstrip() for line in f"**{heading}**\n\n{body}".splitlines())
+    if "dropdown" not in (kind, *chosen.get("class", "").split()):
+        return with_margin(f"**{heading}**\n\n{body}", "> ", "> ")
+    if re.search(r"[`*_\[$<]", heading):
+        raise UnknownMyst(f"{page}: the title of a fold is plain words, not {heading!r}")
+    return f"<details><summary>{heading}</summary>\n\n{body}\n\n</details>"
 
 
 def notebook(myst: NotebookNode, page: str) -> NotebookNode:
