@@ -29,7 +29,7 @@ def lay_out(tree: Path) -> None:
 
     import notebooks
 
-    for name in ("_config.yml", "_toc.yml", "LICENSE"):
+    for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "book", tree / "book", ignore=shutil.ignore_patterns("[0-9][0-9]_*.md"))
     (tree / "tools").mkdir()
