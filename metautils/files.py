@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import os
 import pickle
 import shutil
+import time
+import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -17,29 +22,49 @@ class DataError(RuntimeError):
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """`torch.save` to a temporary name beside `path`, then rename: no reader sees a half file.
+    """`torch.save`, whole or not at all: no reader sees a half file, nor do two writers meet.
 
     Raises:
         DataError: if there is no room or no permission; what was there before stays.
     """
-    # One name for all: what a killed run leaves behind, the next one overwrites.
-    temporary = path.with_name(f".{path.name}.partial")
+    _written(path, lambda file: torch.save(value, file))
+
+
+def write_json(value: Any, path: Path) -> None:
+    """JSON, in the same way as `save_atomically`."""
+    text = json.dumps(value, indent=1) + "\n"
+    _written(path, lambda file: file.write(text.encode()))
+
+
+def _written(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write to a name of this writer's own beside `path`, then rename."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _tidy(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
     # torch's own writer says RuntimeError where the disk is full.
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{path} could not be written ({error}): free some space, or choose a folder that you "
             "may write to."
         ) from error
-    finally:
+
+
+def _tidy(path: Path) -> None:
+    """Remove what writers left behind that were killed; a day is more than any still needs."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink()
 
 
 def check_folder(folder: Path, room: int) -> None:

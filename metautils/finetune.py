@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision.transforms import v2
+from torch.utils.data import TensorDataset
 
 from metautils import pretrained, results
+from metautils.classifier import (
+    MODEL,
+    Classifier,
+    Tested,
+    batches,
+    features,
+    test,
+    to_test,
+    to_train,
+)
 from metautils.data import labelled
-from metautils.data.labelled import PARTS, Images, Split, read_rgb
-from metautils.evaluate import wilson95
-from metautils.files import DataError, check_folder, load_safely, save_atomically
-from metautils.fit import Epoch, fit, predict
+from metautils.data.labelled import PARTS, Split
+from metautils.files import DataError, check_folder, load_safely, save_atomically, write_json
+from metautils.fit import Epoch, fit
 
-MODEL = "model.pt"
 ROOM = 600 << 20  # bytes that a run writes: weights three times, momentum, features
-ENLARGED = 232 / 224  # images are made so much larger than their crop, as for the ImageNet weights
 
 
 @dataclass(frozen=True)
@@ -64,123 +66,6 @@ class Recipe:
     seed: int = 0
 
 
-class Classifier(nn.Sequential):
-    """A body and a linear head, with the names of its classes and the size of its images.
-
-    Args:
-        body: `(n, 3, h, w)` to `(n, features)`.
-        features: numbers that the body gives for an image.
-        classes: their names, a label is a place in this list.
-        size: height and width of the images, pixels.
-    """
-
-    def __init__(
-        self,
-        body: nn.Module,
-        classes: Sequence[str],
-        size: int,
-        features: int = pretrained.FEATURES,
-    ) -> None:
-        head = nn.Linear(features, len(classes))
-        super().__init__(OrderedDict(body=body, head=head))
-        self.classes, self.size = tuple(classes), size
-
-    @torch.no_grad()
-    def classify(self, image: str | Path | Image.Image) -> dict[str, float]:
-        """Probabilities of the classes for one image or image file, highest first.
-
-        Raises:
-            DataError: if the file is no readable image.
-        """
-        picture = read_rgb(image)
-        self.eval()
-        x = to_test(self.size)(picture)[None].to(self.head.weight.device)
-        chances = self(x)[0].softmax(0).tolist()
-        ranked = sorted(zip(self.classes, chances, strict=True), key=lambda pair: -pair[1])
-        return dict(ranked)
-
-    def save(self, path: str | Path) -> None:
-        """Write weights, names of the classes and size to one file."""
-        told = {"classes": list(self.classes), "size": self.size, "weights": self.state_dict()}
-        save_atomically(told, Path(path))
-
-
-def load(path: str | Path) -> Classifier:
-    """A classifier on a ResNet-50 body, as `Classifier.save` wrote it.
-
-    Raises:
-        DataError: if the file is missing, damaged or something else.
-    """
-    told = load_safely(Path(path))
-    if not isinstance(told, dict) or not {"classes", "size", "weights"} <= told.keys():
-        raise DataError(f"{path} holds no classifier: name the model.pt of a fine-tuning.")
-    net = Classifier(pretrained.body(None), told["classes"], told["size"])
-    try:
-        net.load_state_dict(told["weights"])
-    except RuntimeError as error:
-        raise DataError(
-            f"{path} holds another network: name the model.pt of a fine-tuning."
-        ) from error
-    return net.eval()
-
-
-def to_train(size: int, mirror: bool) -> v2.Compose:
-    """A random crop, mirrored at random, as a normalised float tensor `(3, size, size)`."""
-    flip = [v2.RandomHorizontalFlip()] if mirror else []
-    crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
-    return v2.Compose([v2.ToImage(), crop, *flip, *_normalised()])
-
-
-def to_test(size: int) -> v2.Compose:
-    """The middle of an image, as a normalised float tensor `(3, size, size)`."""
-    resize = v2.Resize(round(size * ENLARGED), antialias=True)
-    return v2.Compose([v2.ToImage(), resize, v2.CenterCrop(size), *_normalised()])
-
-
-def _normalised() -> list[v2.Transform]:
-    told = pretrained.IMAGENET.transforms()
-    # Without scale=True the numbers would stay in 0 to 255, and nobody would say so.
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(told.mean, told.std)]
-
-
-def batches(
-    images: Images, transform: v2.Compose, recipe: Recipe, shuffle: bool = False, workers: int = 0
-) -> DataLoader:
-    """Batches of transformed images and their labels; `workers` processes read them."""
-    images = images.only(range(len(images)))
-    images.transform = transform
-    return _loader(images, recipe, shuffle, workers)
-
-
-def _loader(data: Dataset, recipe: Recipe, shuffle: bool, workers: int = 0) -> DataLoader:
-    # A batch of a single image has no variance, which batch normalisation divides by.
-    single = shuffle and len(data) > recipe.batch and len(data) % recipe.batch == 1
-    return DataLoader(
-        data,
-        recipe.batch,
-        shuffle,
-        num_workers=workers,
-        drop_last=single,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def features(
-    net: Classifier, images: Images, recipe: Recipe, workers: int = 0, progress: bool = False
-) -> TensorDataset:
-    """What the frozen body makes of the middle of each image: `(n, features)` with labels `(n,)`.
-
-    In evaluation mode: neither parameters nor batch statistics change.
-    """
-    head, net.head = net.head, nn.Identity()
-    try:
-        loader = batches(images, to_test(net.size), recipe, workers=workers)
-        rows, labels = predict(net, loader, progress)
-    finally:
-        net.head = head
-    return TensorDataset(rows, labels)
-
-
 def _features(
     net: Classifier, split: Split, recipe: Recipe, kept: Path | None, workers: int, progress: bool
 ) -> tuple[TensorDataset, TensorDataset]:
@@ -190,7 +75,7 @@ def _features(
         saved = load_safely(kept)
         if saved["of"] == told:
             return TensorDataset(*saved["train"]), TensorDataset(*saved["validation"])
-    train, validation = (features(net, part, recipe, workers, progress) for part in split[:2])
+    train, validation = (features(net, part, recipe.batch, workers, progress) for part in split[:2])
     if kept is not None:
         saved = {"of": told, "train": train.tensors, "validation": validation.tensors}
         save_atomically(saved, kept)
@@ -198,11 +83,9 @@ def _features(
 
 
 def _told(net: Classifier, split: Split) -> dict[str, Any]:
-    """What tells this training from another: its files, its classes, where its body begins."""
-    files = [file for part in split[:2] for file, _ in part.samples]
-    stats = [Path(file).stat() for file in files]
+    """What tells this training from another: its pictures, its classes, where its body begins."""
     return {
-        "files": [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats, strict=True)],
+        **{part: images.digests() for part, images in zip(PARTS, split[:2], strict=False)},
         "classes": net.classes,
         "body": float(sum(x.double().sum() for x in net.body.state_dict().values())),
     }
@@ -239,8 +122,8 @@ def stage_one(
     optimizer = Adam(net.head.parameters(), recipe.probe_lr, weight_decay=recipe.decay)
     return fit(
         net.head,
-        _loader(train, recipe, shuffle=True),
-        _loader(validation, recipe, shuffle=False),
+        batches(train, recipe.batch, shuffle=True),
+        batches(validation, recipe.batch),
         optimizer,
         StepLR(optimizer, recipe.probe_epochs),
         recipe.probe_epochs,
@@ -276,79 +159,19 @@ def stage_two(
         return l2_sp(net, start, recipe.pull, recipe.decay)
 
     path = None if out is None else Path(out) / "all_layers.pt"
-    train = to_train(recipe.size, recipe.mirror)
     return fit(
         net,
-        batches(split.train, train, recipe, True, workers),
-        batches(split.validation, to_test(recipe.size), recipe, False, workers),
+        batches(split.train, recipe.batch, to_train(recipe.size, recipe.mirror), True, workers),
+        batches(split.validation, recipe.batch, to_test(recipe.size), False, workers),
         optimizer,
         StepLR(optimizer, recipe.step),
         recipe.epochs,
         recipe.patience,
         None if recipe.pull is None else penalty,
         path,
-        {**asdict(recipe), **_told(net, split)},
+        None if path is None else {**asdict(recipe), **_told(net, split)},
         progress,
     )
-
-
-@dataclass(frozen=True)
-class Tested:
-    """What a classifier made of a set of images.
-
-    Attributes:
-        chances: probability of each class for each image, `(n, classes)`.
-        labels: the true classes, `(n,)` int64.
-        files: of the images.
-        classes: their names.
-    """
-
-    chances: Tensor
-    labels: Tensor
-    files: tuple[str, ...]
-    classes: tuple[str, ...]
-
-    @property
-    def right(self) -> int:
-        """Images classified rightly."""
-        return int((self.chances.argmax(1) == self.labels).sum())
-
-    @property
-    def accuracy(self) -> float:
-        """Percent of the images classified rightly."""
-        return 100 * self.right / len(self.labels)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the accuracy by Wilson, percent."""
-        return wilson95(self.right, len(self.labels))
-
-    @property
-    def confusion(self) -> Tensor:
-        """Images of each true class (row) that got each answer (column), `(classes, classes)`."""
-        answers = self.chances.argmax(1).tolist()
-        known = range(len(self.classes))
-        return torch.from_numpy(confusion_matrix(self.labels.tolist(), answers, labels=known))
-
-    def worst(self, count: int = 8) -> list[int]:
-        """Wrong answers, by row, those first that gave the true class the least probability."""
-        truth = self.chances.gather(1, self.labels[:, None])[:, 0]
-        wrong = (self.chances.argmax(1) != self.labels).nonzero().flatten()
-        return wrong[truth[wrong].argsort(stable=True)].tolist()[:count]
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        total = len(self.labels)
-        return (
-            f"{self.accuracy:.1f} % of {total} test images, 95 % interval {low:.1f} to {high:.1f}"
-        )
-
-
-def test(net: Classifier, images: Images, recipe: Recipe, workers: int = 0) -> Tested:
-    """Classify a set of images: the test set, once, when everything is decided."""
-    logits, labels = predict(net, batches(images, to_test(net.size), recipe, workers=workers))
-    files = tuple(file for file, _ in images.samples)
-    return Tested(logits.softmax(1), labels, files, net.classes)
 
 
 def run(
@@ -387,7 +210,7 @@ def run(
     began = time.perf_counter()
     stages = [stage_two] if weights is None else [stage_one, stage_two]
     rows = {each.__name__: each(net, split, recipe, out, workers, True) for each in stages}
-    tested = test(net, split.test, recipe, workers)
+    tested = test(net, split.test, recipe.batch, workers)
     net.save(out / MODEL)
     record = {
         "data": str(path),
@@ -402,7 +225,7 @@ def run(
         "minutes": round((time.perf_counter() - began) / 60, 2),
         **made_by,
     }
-    results.write_json(record, out / "record.json")
+    write_json(record, out / "record.json")
     return tested
 
 

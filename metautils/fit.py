@@ -17,9 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from metautils.files import DataError, load_safely, save_atomically
+from metautils.checkpoint import Training
 from metautils.precision import fast_autocast
-from metautils.train import check_same_network, check_same_settings
 
 
 @dataclass(frozen=True)
@@ -78,21 +77,62 @@ def fit(
         CheckpointMismatch: if `path` holds another run.
         DataError: if the checkpoint is damaged or cannot be written.
     """
-    optimizer.zero_grad()  # an interruption may have left some
-    run = _Fit(net, optimizer, schedule, path, settings or {})
-    if path is not None and path.exists():
-        run.resume()
-    else:
-        run.merits = [_merit(*measure(net, validation))]
-    while len(run.rows) < epochs and not run.tired(patience):
+    training = Training(net, optimizer, schedule, settings or {}, path)
+    notes = training.resume()
+    rows = [] if notes is None else [Epoch(**row) for row in notes["rows"]]
+    if notes is None:
+        training.try_out(_merit(*measure(net, validation)), at=0)
+    while len(rows) < epochs and (patience is None or len(rows) - training.best_at < patience):
         began = time.perf_counter()
-        learnt = run.train(train, penalty, progress)
+        label = f"epoch {len(rows) + 1}"
+        bar = tqdm(train, desc=label, disable=not progress, leave=False)
+        learnt = _epoch(net, bar, optimizer, penalty)
+        schedule.step()
         held_out = measure(net, validation)
-        run.end(Epoch(len(run.rows) + 1, *learnt, *held_out, time.perf_counter() - began))
+        rows.append(Epoch(len(rows) + 1, *learnt, *held_out, time.perf_counter() - began))
+        _end(training, rows)
         if progress:
-            tqdm.write(str(run.rows[-1]) if len(run.rows) > 1 else f"{HEADS}\n{run.rows[-1]}")
-    net.load_state_dict(run.best)
-    return run.rows
+            tqdm.write(str(rows[-1]) if len(rows) > 1 else f"{HEADS}\n{rows[-1]}")
+    training.finish()
+    return rows
+
+
+def _epoch(
+    net: nn.Module, bar: tqdm, optimizer: Optimizer, penalty: Callable[[nn.Module], Tensor] | None
+) -> tuple[float, float]:
+    """One pass; the mean loss and the accuracy of its batches, each before its step."""
+    net.train()
+    device = _device(net)
+    loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    with bar:
+        for k, (x, y) in enumerate(bar):
+            x, y = _placed(x, device), y.to(device, non_blocking=True)
+            with fast_autocast(device):
+                logits = net(x)
+            loss = F.cross_entropy(logits.float(), y)
+            (loss if penalty is None else loss + penalty(net)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            # Sums stay on the device: a number asked for after every step would make it wait.
+            loss_sum += loss.detach() * len(y)
+            right += (logits.detach().argmax(1) == y).sum()
+            seen += len(y)
+            if not bar.disable and k % 10 == 0:
+                mean, percent = loss_sum / seen, 100 * right / seen
+                bar.set_postfix_str(f"loss={mean:.3f}, accuracy={percent:.1f} %")
+    return float(loss_sum) / seen, 100 * float(right) / seen
+
+
+def _end(training: Training, rows: list[Epoch]) -> None:
+    """Remember the last epoch, and its weights if they are the best, and write everything down."""
+    row = rows[-1]
+    if not math.isfinite(row.train_loss + row.validation_loss):
+        training.stop(
+            f"The loss was no longer finite in epoch {row.number}",
+            "Try a smaller learning rate, or look for bad values in the images.",
+        )
+    training.try_out(_merit(row.validation_loss, row.validation_accuracy), at=row.number)
+    training.save(rows=[asdict(each) for each in rows])
 
 
 @torch.no_grad()
@@ -116,97 +156,6 @@ def measure(net: nn.Module, batches: DataLoader) -> tuple[float, float]:
     return float(F.cross_entropy(logits, labels)), 100 * float(right)
 
 
-class _Fit:
-    """The state of a training: all that a resumed one needs to go on as if never stopped."""
-
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-        path: Path | None,
-        settings: dict[str, Any],
-    ) -> None:
-        self.net, self.optimizer, self.schedule = net, optimizer, schedule
-        self.path, self.settings = path, settings
-        self.rows: list[Epoch] = []
-        self.merits: list[tuple[float, float]] = []  # of the start, then of each epoch
-        self.best = _copy(net.state_dict())
-
-    def train(
-        self, batches: DataLoader, penalty: Callable[[nn.Module], Tensor] | None, progress: bool
-    ) -> tuple[float, float]:
-        """One epoch; the mean loss and the accuracy of its batches, each before its step."""
-        self.net.train()
-        device = _device(self.net)
-        loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-        label = f"epoch {len(self.rows) + 1}"
-        with tqdm(batches, desc=label, disable=not progress, leave=False) as bar:
-            for k, (x, y) in enumerate(bar):
-                x, y = _placed(x, device), y.to(device, non_blocking=True)
-                with fast_autocast(device):
-                    logits = self.net(x)
-                loss = F.cross_entropy(logits.float(), y)
-                (loss if penalty is None else loss + penalty(self.net)).backward()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                # Sums stay on the device: a number asked for after every step would make it wait.
-                loss_sum += loss.detach() * len(y)
-                right += (logits.detach().argmax(1) == y).sum()
-                seen += len(y)
-                if progress and k % 10 == 0:
-                    mean, percent = loss_sum / seen, 100 * right / seen
-                    bar.set_postfix_str(f"loss={mean:.3f}, accuracy={percent:.1f} %")
-        self.schedule.step()
-        return float(loss_sum) / seen, 100 * float(right) / seen
-
-    def end(self, row: Epoch) -> None:
-        """Remember the epoch, and its weights if they are the best, and write everything down."""
-        if not math.isfinite(row.train_loss + row.validation_loss):
-            kept = "" if self.path is None else f" The last good checkpoint stays in {self.path}."
-            raise FloatingPointError(
-                f"The loss was no longer finite in epoch {row.number}, so training stopped.{kept} "
-                "Try a smaller learning rate, or look for bad values in the images."
-            )
-        merit = _merit(row.validation_loss, row.validation_accuracy)
-        if merit > max(self.merits):
-            self.best = _copy(self.net.state_dict())
-        self.rows.append(row)
-        self.merits.append(merit)
-        if self.path is not None:
-            save_atomically(self.state(), self.path)
-
-    def tired(self, patience: int | None) -> bool:
-        """Whether the best epoch lies further back than the patience reaches."""
-        best = self.merits.index(max(self.merits))
-        return patience is not None and len(self.rows) - best >= patience
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "settings": self.settings,
-            "net": self.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "random": torch.get_rng_state(),
-            "best": self.best,
-            "merits": self.merits,
-            "rows": [asdict(row) for row in self.rows],
-        }
-
-    def resume(self) -> None:
-        state = load_safely(self.path)
-        if not isinstance(state, dict) or not {"settings", "net", "merits"} <= state.keys():
-            raise DataError(f"{self.path} is no checkpoint of a training: name another folder.")
-        check_same_settings(state["settings"], self.settings, self.path)
-        check_same_network(state["net"], self.net, self.path)
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
-        self.rows = [Epoch(**row) for row in state["rows"]]
-        self.best, self.merits = state["best"], state["merits"]
-
-
 def _merit(loss: float, accuracy: float) -> tuple[float, float]:
     # What is not a number would compare as neither better nor worse.
     return (accuracy, -loss) if math.isfinite(loss) else (-1.0, 0.0)
@@ -220,7 +169,3 @@ def _placed(x: Tensor, device: torch.device) -> Tensor:
     """Inputs on the device; images with the channels next to each other in memory."""
     memory = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     return x.to(device, non_blocking=True, memory_format=memory)
-
-
-def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().clone() for name, x in weights.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, resnet50
 
+from metautils.checkpoint import CheckpointMismatch, check_same_network
 from metautils.files import DataError, load_safely
 
 FEATURES = 2048  # that a ResNet-50 gives for an image
@@ -32,8 +33,11 @@ def body(weights: str | Path | None = "imagenet") -> nn.Module:
     net = resnet50(zero_init_residual=True)
     net.fc = nn.Identity()
     if weights is not None:
-        loaded = imagenet() if weights == "imagenet" else _stored(Path(weights))
-        _check(loaded, net, weights)
+        loaded = imagenet() if weights == "imagenet" else _stored(Path(weights), net)
+        try:
+            check_same_network(loaded, net, weights)
+        except CheckpointMismatch as error:
+            raise DataError(str(error)) from error
         net.load_state_dict(loaded)
     # Channels next to each other in memory suit the convolution kernels of CPUs and GPUs.
     return net.to(memory_format=torch.channels_last)
@@ -72,16 +76,19 @@ def _check_hash(path: Path) -> None:
         )
 
 
-def _stored(path: Path) -> dict[str, Tensor]:
-    """Weights of a file: a state of torchvision's ResNet-50, or a checkpoint of `meta_train`."""
+def _stored(path: Path, net: nn.Module) -> dict[str, Tensor]:
+    """Weights of a file: a network's state, or the best of a checkpoint, as a whole or inside."""
     saved = load_safely(path)
     if isinstance(saved, dict) and isinstance(saved.get("best"), dict):
-        start = "embed.net."
-        best = saved["best"].items()
-        saved = {name.removeprefix(start): x for name, x in best if name.startswith(start)}
+        saved = saved["best"]
     if not isinstance(saved, dict) or not all(map(_is_weight, saved.items())):
         raise DataError(f"{path} holds no weights of a network: name another file.")
-    return _without_head(saved)
+    # A learner may hold the network under a name of its own, such as "embed.net.".
+    first = next(iter(net.state_dict()))
+    holders = [name.removesuffix(first) for name in saved if name.endswith(first)]
+    start = min(holders, key=len, default="")
+    inside = {name.removeprefix(start): x for name, x in saved.items() if name.startswith(start)}
+    return _without_head(inside)
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:
@@ -90,17 +97,6 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
 
 def _without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x for name, x in state.items() if not name.startswith("fc.")}
-
-
-def _check(loaded: dict[str, Tensor], net: nn.Module, source: str | Path) -> None:
-    own = net.state_dict()
-    for name in {**own, **loaded}:
-        shapes = [tuple(x[name].shape) if name in x else None for x in (loaded, own)]
-        if shapes[0] != shapes[1]:
-            raise DataError(
-                f"{source} is of another network than ResNet-50: {name!r} has shape {shapes[0]} "
-                f"there and {shapes[1]} here (None: it is missing). Name another file."
-            )
 
 
 class Prepared(nn.Module):

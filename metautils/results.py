@@ -11,27 +11,14 @@ from typing import Any
 
 import torch
 
+from metautils import methods
 from metautils.evaluate import Evaluation
+from metautils.files import write_json
 
 FIELDS = (
     "method", "data", "tested_on", "split", "classes", "rotations", "seed", "steps", "train",
     "evaluations", "baseline", "minutes", "device", "threads", "torch", "commit",
 )  # fmt: skip
-TITLES = {  # a method's name in tables
-    "protonet": "Prototypical Networks",
-    "matching": "Matching Networks",
-    "relation": "Relation Networks",
-    "centroid": "Classifier, nearest centroid",
-    "baseline": "Baseline",
-    "baseline_pp": "Baseline++",
-    "resnet50": "ResNet-50 classifier, nearest centroid",
-    "maml": "MAML",
-    "fomaml": "FOMAML",
-    "anil": "ANIL",
-    "meta_sgd": "Meta-SGD",
-    "reptile": "Reptile",
-    "meta_lstm": "Meta-LSTM",
-}
 
 
 def folder() -> Path:
@@ -52,17 +39,6 @@ def write(record: dict[str, Any], path: Path) -> None:
     write_json(record, path)
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write JSON to a temporary name beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read(name: str) -> dict[str, Any]:
     """The record `results/NAME.json`.
 
@@ -74,6 +50,11 @@ def read(name: str) -> dict[str, Any]:
         known = ", ".join(sorted(p.stem for p in folder().glob("*.json")))
         raise FileNotFoundError(f"There is no record {name!r} in results/; there are: {known}.")
     return json.loads(path.read_text())
+
+
+def title(method: str) -> str:
+    """A method's name in tables."""
+    return methods.known()[method].title if method in methods.known() else method
 
 
 def evaluation_rows(evaluations: list[Evaluation], rotations: str) -> list[dict[str, Any]]:
@@ -161,7 +142,7 @@ def table(ours: dict[str, dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
         known = "" if row["status"] == "paper" else ", second-hand"
         sources.append(f"{row['source']}, {row['note']}{known}")
     rows = [
-        [TITLES.get(r["method"], r["method"]), source, _queries(r),
+        [title(r["method"]), source, _queries(r),
          *(score(r, n, k) for n, k in settings)]
         for r, source in zip(everything, sources, strict=True)
     ]  # fmt: skip
@@ -187,7 +168,7 @@ def page() -> str:
         _markdown(
             ["Method", "Trained on", "Tested on", "Test rotations", "Queries", "5-way 1-shot",
              "20-way 1-shot", "Pixels, 5-way 1-shot", "Record"],
-            [[TITLES.get(r["method"], r["method"]), r["data"], r["tested_on"],
+            [[title(r["method"]), r["data"], r["tested_on"],
               r["evaluations"][0]["rotations"], _queries(r), score(r, 5, 1), score(r, 20, 1),
               score(r, 5, 1, "baseline"), f"`{k}`"] for k, r in other.items()],
         ),

@@ -9,24 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from metautils.checkpoint import CHECKPOINT, Training
 from metautils.data.quadratics import QuadraticSampler
 from metautils.data.regression import RegressionSampler
 from metautils.evaluate import episode_accuracy
-from metautils.files import DataError, load_safely, save_atomically
 from metautils.learners.base import Learner
 from metautils.precision import fast_autocast
 from metautils.sampling import EpisodeSampler
 
-CHECKPOINT = "checkpoint.pt"
 Sampler = EpisodeSampler | RegressionSampler | QuadraticSampler
-
-
-class CheckpointMismatch(ValueError):
-    """A checkpoint does not belong to this network or this run."""
 
 
 @dataclass
@@ -56,6 +50,9 @@ def meta_train(
     every: int = 100,
     out: str | Path | None = None,
     progress: bool = True,
+    *,
+    clip: float | None = None,
+    each_piece: bool = False,
 ) -> History:
     """Train a learner on episodes with Adam, its learning rate decayed to 0 along a cosine.
 
@@ -67,26 +64,47 @@ def meta_train(
     Args:
         learner: any learner of the book, on the device where it is to be trained.
         episodes: what to train on, on the same device.
-        steps: updates, one episode each.
+        steps: episodes to learn from.
         lr: of Adam at the start.
         validation: episodes of validation classes, never of test classes; for classification.
         validation_episodes: how many of them.
         every: steps between validations and checkpoints.
         out: folder for `checkpoint.pt`, which holds the last state and the best weights.
         progress: show a bar with loss and accuracy.
+        clip: scale meta-gradients down to this norm.
+        each_piece: let Adam take a step after each of the learner's `pieces`, as in truncated
+            backpropagation, not after the last of an episode only.
 
     Raises:
         ValueError: if steps or every is below 1, or the learning rate is not positive.
         FloatingPointError: if the loss is not finite; the last good checkpoint stays.
         CheckpointMismatch: if `out` holds another run or another network.
+
+    Example:
+        >>> from metautils.data import glyphs
+        >>> from metautils.learners.protonet import ProtoNet
+        >>> bank = glyphs.generate(alphabets=1, characters=8, drawings=4, size=8)
+        >>> learner = ProtoNet(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)))
+        >>> episodes = EpisodeSampler(bank, ways=5, shots=1, queries=2)
+        >>> history = meta_train(learner, episodes, steps=3, progress=False)
+        >>> len(history.loss)
+        3
     """
     if min(steps, every) < 1 or lr <= 0:
         raise ValueError(f"steps={steps}, every={every}, lr={lr}: all must be above 0.")
+    settings = {
+        "steps": steps,
+        "lr": lr,
+        "clip": clip,
+        "each_piece": each_piece,
+        "every": every,
+        "learner": f"{type(learner).__name__}({learner.extra_repr()})",
+        **episodes.settings,
+        "validation": None if validation is None else validation.settings,
+        "validation_episodes": validation_episodes,
+    }
     path = None if out is None else Path(out) / CHECKPOINT
-    run = _Run(learner, episodes, validation, steps, lr, path)
-    if path is not None and path.exists():
-        run.resume(path)
-    run.optimizer.zero_grad()  # an interruption may have left some
+    run = _Run(learner, episodes, validation, settings, path)
     learner.train()
     bar = tqdm(total=steps, initial=run.step, desc="train", disable=not progress, leave=False)
     with bar:
@@ -96,79 +114,37 @@ def meta_train(
                 run.checkpoint(validation_episodes)
             bar.set_postfix(run.summary(), refresh=False)
             bar.update()
-    learner.load_state_dict(run.best)
+    run.training.finish()
     return run.history
 
 
-def load_weights(learner: Learner, path: Path) -> None:
-    """Put the best weights of a checkpoint into a learner of the same shape.
-
-    Raises:
-        DataError: if the file is missing or damaged.
-        CheckpointMismatch: if names or shapes differ; the learner is left as it was.
-    """
-    weights = _read(path)["best"]
-    check_same_network(weights, learner, path)
-    learner.load_state_dict(weights)
-
-
-def check_same_network(weights: dict[str, Tensor], learner: Learner, path: Path) -> None:
-    """Compare names and shapes of saved weights with a learner's.
-
-    Raises:
-        CheckpointMismatch: at the first difference.
-    """
-    own = learner.state_dict()
-    for name in {**own, **weights}:
-        saved, here = (tuple(x[name].shape) if name in x else None for x in (weights, own))
-        if saved != here:
-            raise CheckpointMismatch(
-                f"{path} belongs to another network: {name!r} has shape {saved} there and {here} "
-                "here (None: it is missing). Make the learner as it was when the checkpoint was "
-                "written, or choose another folder."
-            )
-
-
-def check_same_settings(saved: dict[str, Any], own: dict[str, Any], path: Path) -> None:
-    """Compare the settings of a checkpoint with those of the run that would go on with it.
-
-    Raises:
-        CheckpointMismatch: at the first difference.
-    """
-    for name, value in own.items():
-        if saved.get(name) != value:
-            raise CheckpointMismatch(
-                f"{path} was made with {name}={saved.get(name)}, not {value}: give the same "
-                "settings to go on with it, or another folder to start anew."
-            )
-
-
 class _Run:
-    """The state of a training run: all that a resumed one needs to go on as if never stopped."""
+    """A run of `meta_train`, at some step."""
 
     def __init__(
         self,
         learner: Learner,
         episodes: Sampler,
         validation: EpisodeSampler | None,
-        steps: int,
-        lr: float,
+        settings: dict[str, Any],
         path: Path | None,
     ) -> None:
         self.learner, self.episodes, self.validation = learner, episodes, validation
-        self.path = path
-        self.optimizer = torch.optim.Adam(learner.parameters(), lr)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-        told = {"steps": steps, "lr": lr, "learner": learner.extra_repr()}
-        self.settings = told | episodes.settings
+        self.settings = settings
+        self.optimizer = torch.optim.Adam(learner.parameters(), settings["lr"])
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, settings["steps"]
+        )
         # The same validation episodes every time, so that two steps can be compared.
         self.first = None if validation is None else validation.generator.get_state()
-        self.step, self.best, self.best_accuracy = 0, _copy(learner.state_dict()), -1.0
-        self.history = History()
-        self.clock = time.perf_counter()
+        self.step, self.history, self.clock = 0, History(), time.perf_counter()
+        self.training = Training(learner, self.optimizer, self.schedule, settings, path)
+        if (notes := self.training.resume()) is not None:
+            self.step, self.history = notes["step"], History(**notes["history"])
+            self.episodes.generator.set_state(notes["episodes"])
 
     def advance(self) -> None:
-        """One update from one episode."""
+        """Learn from one episode."""
         episode = self.episodes.sample()
         total, right = 0.0, []
         pieces = self.learner.pieces(episode)
@@ -182,9 +158,9 @@ class _Run:
             total += float(loss.detach())
             if episode.classes is not None:
                 right.append(predictions.argmax(-1) == targets)
-            if self.learner.update_each_piece:
+            if self.settings["each_piece"]:
                 self.update(total)
-        if not self.learner.update_each_piece:
+        if not self.settings["each_piece"]:
             self.update(total)
         self.schedule.step()
         self.step += 1
@@ -196,8 +172,8 @@ class _Run:
         """Let Adam take a step along the gradients that have come together."""
         if not math.isfinite(loss):
             self.stop(f"The loss became {loss} at step {self.step + 1}")
-        if self.learner.meta_clip is not None:
-            clip_grad_norm_(self.learner.parameters(), self.learner.meta_clip)
+        if self.settings["clip"] is not None:
+            clip_grad_norm_(self.learner.parameters(), self.settings["clip"])
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -205,66 +181,32 @@ class _Run:
         """Validate, remember the best weights, write everything down."""
         if not all(x.isfinite().all() for x in self.learner.parameters()):
             self.stop(f"The weights are no longer finite after step {self.step}")
-        accuracy = float(self.step)  # without validation the latest weights count as the best
+        merit = float(self.step)  # without validation the latest weights count as the best
         if self.validation is not None:
             self.validation.generator.set_state(self.first)
             values = episode_accuracy(self.learner, self.validation, validation_episodes)
-            accuracy = float(values.mean())
-            self.history.validation.append((self.step, accuracy))
-        if accuracy > self.best_accuracy:
-            self.best, self.best_accuracy = _copy(self.learner.state_dict()), accuracy
+            merit = float(values.mean())
+            self.history.validation.append((self.step, merit))
+        self.training.try_out((merit,), self.step)
         now = time.perf_counter()
         self.history.seconds += now - self.clock
         self.clock = now
-        if self.path is not None:
-            save_atomically(self.state(), self.path)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "settings": self.settings,
-            "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "episodes": self.episodes.generator.get_state(),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-            "best": self.best,
-            "best_accuracy": self.best_accuracy,
-            "history": vars(self.history),
-        }
-
-    def resume(self, path: Path) -> None:
-        state = _read(path)
-        check_same_network(state["learner"], self.learner, path)
-        check_same_settings(state["settings"], self.settings, path)
-        self.learner.load_state_dict(state["learner"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.episodes.generator.set_state(state["episodes"])
-        torch.set_rng_state(state["random"])
-        self.step, self.best = state["step"], state["best"]
-        self.best_accuracy, self.history = state["best_accuracy"], History(**state["history"])
+        self.training.save(
+            step=self.step,
+            history=vars(self.history),
+            episodes=self.episodes.generator.get_state(),
+        )
 
     def stop(self, what: str) -> None:
-        kept = "" if self.path is None else f" The last good checkpoint stays in {self.path}."
-        raise FloatingPointError(
-            f"{what}, so training stopped before writing anything.{kept} Try a smaller learning "
-            f"rate than {self.settings['lr']}, or look for bad values in the images."
+        self.training.stop(
+            what,
+            f"Try a smaller learning rate than {self.settings['lr']}, or look for bad values in "
+            "the images.",
         )
 
     def summary(self) -> dict[str, str]:
+        """What the bar shows: means of the last steps."""
         recent = slice(-50, None)
         loss, accuracy = self.history.loss[recent], self.history.accuracy[recent]
         told = {"loss": f"{sum(loss) / len(loss):.3f}"}
         return told | ({"accuracy": f"{sum(accuracy) / len(accuracy):.1f} %"} if accuracy else {})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    state = load_safely(path)
-    if not isinstance(state, dict) or not {"best", "learner", "settings"} <= state.keys():
-        raise DataError(f"{path} is no checkpoint of a training: name another file or folder.")
-    return state
-
-
-def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().clone() for name, x in weights.items()}

@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from markdown_it import MarkdownIt
 from torch import Tensor, nn
 
+from metautils.checkpoint import CHECKPOINT
 from metautils.data.bank import ClassBank
 from metautils.episode import Episode
 from metautils.evaluate import evaluate
@@ -22,7 +23,7 @@ from metautils.learners.base import Learner
 from metautils.learners.protonet import ProtoNet
 from metautils.nets import classifier
 from metautils.sampling import EpisodeSampler
-from metautils.train import CHECKPOINT, History, meta_train
+from metautils.train import History, meta_train
 
 # On tensors as small as these, threads wait for one another longer than they work.
 torch.set_num_threads(1)
@@ -250,15 +251,21 @@ def train_on_blobs(learner: Learner, out: Path, **changed) -> History:
 
 
 def stop_in(learner: Learner, call: int) -> None:
-    """Let the learner be interrupted in this call of its `meta_loss`, counted from 1."""
-    calls, whole = count(1), learner.meta_loss
+    """Let the learner be interrupted before this one of its `pieces`, counted from 1."""
+    calls, whole = count(1), learner.pieces
 
-    def stopped(episode: Episode) -> tuple[Tensor, Tensor]:
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return whole(episode)
+    def stopped(episode: Episode) -> Iterator:
+        for piece in whole(episode):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            yield piece
 
-    learner.meta_loss = stopped
+    learner.pieces = stopped
+
+
+def meta_loss(learner: Learner, episode: Episode) -> Tensor:
+    """What `meta_train` differentiates, all pieces together."""
+    return sum(loss for loss, *_ in learner.pieces(episode))
 
 
 def check_that_a_stopped_training_resumes(
@@ -273,7 +280,7 @@ def check_that_a_stopped_training_resumes(
     stop_in(cut, call)
     with pytest.raises(KeyboardInterrupt):
         train_on_blobs(cut, folder / "cut")
-    assert load_safely(folder / "cut" / CHECKPOINT)["step"] == 5
+    assert load_safely(folder / "cut" / CHECKPOINT)["notes"]["step"] == 5
     shutil.copytree(folder / "cut", folder / "same")
     with torch.no_grad():
         for p in resumed.parameters():

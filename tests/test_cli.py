@@ -13,22 +13,28 @@ from helpers import ROOT, blobs
 from PIL import Image
 
 import metautils.evaluate
-from metautils import cli, data, results
+from metautils import cli, data, methods, results, runs
+from metautils.checkpoint import CHECKPOINT
 from metautils.data.bank import Parts, split_classes
+from metautils.learners import baseline, maml, matching_net, meta_lstm, protonet, relation_net
+from metautils.learners.base import Preset, Problem
 from metautils.learners.relation_net import RelationModule
 from metautils.nets import Conv4, classifier
 from metautils.sampling import EpisodeSampler
-from metautils.train import CHECKPOINT, meta_train
+
+KNOWN = methods.known().items()
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
     """Presets of a moment, narrow networks, glyphs ready at once, no cache of the user's."""
-    monkeypatch.setattr(cli, "Conv4", lambda *a, **k: Conv4(*a, **(k | {"width": 4})))
-    monkeypatch.setattr(cli, "classifier", lambda embed, _, ways: classifier(embed, 4, ways))
-    monkeypatch.setattr(cli, "RelationModule", partial(RelationModule, 4))
+    for module in (baseline, maml, matching_net, meta_lstm, protonet, relation_net):
+        monkeypatch.setattr(module, "Conv4", lambda *a, **k: Conv4(*a, **(k | {"width": 4})))
+    for module in (maml, meta_lstm):
+        monkeypatch.setattr(module, "classifier", lambda body, _, ways: classifier(body, 4, ways))
+    monkeypatch.setattr(relation_net, "RelationModule", partial(RelationModule, 4))
     monkeypatch.setattr(metautils.evaluate, "IMAGES_AT_ONCE", 100)
-    monkeypatch.setattr(cli, "meta_train", partial(meta_train, validation_episodes=4))
+    monkeypatch.setattr(cli.runs, "train", partial(runs.train, validation_episodes=4))
     preset(monkeypatch, 3, 4, 1, 2, 3)
     monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("METAUTILS_DATA", raising=False)
@@ -37,9 +43,11 @@ def short(monkeypatch, tmp_path):
 
 def preset(monkeypatch, *numbers):
     """The quick preset of every method; those that adapt take two tasks at a time."""
-    for name, method in cli.METHODS.items():
-        quick = cli.Preset(*numbers, tasks=1 if method.any_ways else 2)
-        monkeypatch.setitem(cli.METHODS, name, replace(method, presets={"quick": quick}))
+    steps, ways, shots, queries, episodes = numbers
+    for name, method in methods.known().items():
+        tasks = 1 if method.any_ways else 2
+        quick = Preset(steps, ways, shots, queries, tasks, episodes)
+        monkeypatch.setitem(methods.known(), name, replace(method, presets={"quick": quick}))
 
 
 def small(seed=0) -> Parts:
@@ -76,7 +84,8 @@ def test_training_writes_a_whole_record(tmp_path, capsys):
     record = load(tmp_path / "run" / "record.json")
     assert set(results.FIELDS) <= set(record)
     expected = {
-        "method": "protonet", "learner": "", "data": "glyphs", "tested_on": "glyphs",
+        "method": "protonet", "learner": "distance=squared_euclidean",
+        "data": "glyphs", "tested_on": "glyphs",
         "split": "classes", "classes": {"train": 6, "validation": 3, "test": 5},
         "rotations": "classes", "seed": 3, "steps": 3, "preset": "quick",
         "train": {"ways": 4, "shots": 1, "queries": 2, "tasks": 1, "transductive": False},
@@ -187,7 +196,9 @@ def test_results_prints_the_page(capsys):
     assert capsys.readouterr().out == results.page() + "\n"
 
 
-ADAPTING = pytest.mark.parametrize("method", [n for n, m in cli.METHODS.items() if not m.any_ways])
+ADAPTING = pytest.mark.parametrize(
+    "method", [n for n, m in methods.known().items() if not m.any_ways]
+)
 
 
 @ADAPTING
@@ -223,7 +234,7 @@ def test_learner_that_adapts(tmp_path, method, capsys):
     assert "3-way 2-shot: " in capsys.readouterr().out
 
 
-COMPARING = pytest.mark.parametrize("method", [n for n, m in cli.METHODS.items() if m.any_ways])
+COMPARING = pytest.mark.parametrize("method", [name for name, m in KNOWN if m.any_ways])
 
 
 @COMPARING
@@ -236,7 +247,11 @@ def test_learner_that_compares(tmp_path, method, shots):
     assert (record["method"], record["rotations"]) == (method, "classes")
     sizes = {"ways": 3, "shots": shots, "queries": 2, "tasks": 1}
     assert record["train"] == sizes | {"transductive": False}
-    told = {"protonet": "", "matching": "scale=10.0", "relation": "objective=task_loss"}
+    told = {
+        "protonet": "distance=squared_euclidean",
+        "matching": "scale=10.0",
+        "relation": "objective=task_loss",
+    }
     told |= {"baseline": "fit=linear_head", "baseline_pp": "fit=cosine_head"}
     told |= dict.fromkeys(["centroid", "resnet50"], "fit=nearest_centroid")
     assert record["learner"] == told[method]
@@ -298,7 +313,7 @@ def test_relation_on_images_too_small(tmp_path, capsys, monkeypatch):
 )
 def test_settings_that_a_learner_is_tested_in(names, settings):
     """Of one that was trained in 4 ways with 3 shots."""
-    assert all(cli.METHODS[name].settings(4, 3) == settings for name in names)
+    assert all(methods.known()[name].tests(4, 3) == settings for name in names)
 
 
 def test_training_inductively(tmp_path):
@@ -362,15 +377,15 @@ def test_more_than_there_is(tmp_path, capsys, method, asked, sentence):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", cli.METHODS)
+@pytest.mark.parametrize("method", methods.known())
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_presets_are_sound(monkeypatch, method, name):
     """The real ones, with the real network, on images of the real size."""
     monkeypatch.undo()
-    made = cli.METHODS[method]
+    made = methods.known()[method]
     preset = made.presets[name]
     assert preset.episodes >= 600
-    learner = made.make(torch.Size([1, 28, 28]), preset.ways, True, 12)
+    learner = made.make(Problem(torch.Size([1, 28, 28]), preset.ways, 12))
     x = torch.rand(1, preset.ways * preset.shots, 1, 28, 28)
     y = torch.arange(preset.ways).repeat(1, preset.shots)
     predictions = learner.eval()(x, y, torch.rand(1, 2, 1, 28, 28))

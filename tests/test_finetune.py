@@ -18,14 +18,15 @@ from torch import nn
 from torch.optim import SGD
 
 import metautils.files
-from metautils import cli, finetune, pretrained
+from metautils import classifier, cli, finetune, pretrained
+from metautils.checkpoint import CheckpointMismatch
+from metautils.classifier import MODEL, Classifier
+from metautils.classifier import to_test as of_test
+from metautils.classifier import to_train as of_train
 from metautils.data import labelled
 from metautils.evaluate import wilson95
 from metautils.files import load_safely
-from metautils.finetune import MODEL, Classifier, Recipe, l2_sp, stage_one, stage_two
-from metautils.finetune import to_test as of_test
-from metautils.finetune import to_train as of_train
-from metautils.train import CheckpointMismatch
+from metautils.finetune import Recipe, l2_sp, stage_one, stage_two
 
 COLOURS = {"blue": (40, 60, 210), "green": (50, 190, 60), "red": (220, 50, 40)}
 MEAN, STD = (np.array(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -179,7 +180,7 @@ def test_saved_classifier_gives_the_same_answers(tmp_path):
     net.train()(x)  # moves the statistics
     net.save(tmp_path / "x.pt")
     torch.manual_seed(1)
-    loaded = finetune.load(tmp_path / "x.pt")
+    loaded = classifier.load(tmp_path / "x.pt")
     assert (loaded.classes, loaded.size, loaded.training) == (net.classes, 32, False)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), net.eval()(x))
@@ -196,19 +197,19 @@ def test_saved_classifier_gives_the_same_answers(tmp_path):
 )
 def test_file_that_holds_no_classifier(tmp_path, content, sentence):
     torch.save(content, tmp_path / "x.pt")
-    told_in_one_line(lambda: finetune.load(tmp_path / "x.pt"), rf"x\.pt .*{sentence}")
+    told_in_one_line(lambda: classifier.load(tmp_path / "x.pt"), rf"x\.pt .*{sentence}")
 
 
 def test_damaged_or_missing_classifier(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"half")
-    told_in_one_line(lambda: finetune.load(tmp_path / "x.pt"), r"x\.pt is damaged")
-    told_in_one_line(lambda: finetune.load(tmp_path / "y.pt"), r"y\.pt does not exist")
+    told_in_one_line(lambda: classifier.load(tmp_path / "x.pt"), r"x\.pt is damaged")
+    told_in_one_line(lambda: classifier.load(tmp_path / "y.pt"), r"y\.pt does not exist")
 
 
 # Stage one: the head
 
 
-def classifier(kind):
+def network(kind):
     torch.manual_seed(0)
     return tiny() if kind == "tiny" else Classifier(pretrained.body(None), tuple(COLOURS), 32)
 
@@ -216,7 +217,7 @@ def classifier(kind):
 @pytest.mark.parametrize("kind", ["tiny", "ResNet-50"])
 def test_stage_one_changes_the_head_alone(split, kind):
     """Not a bit of the body: neither weights nor statistics nor the count of their batches."""
-    net = classifier(kind).train()
+    net = network(kind).train()
     body, head = weights_of(net.body), weights_of(net.head)
     rows = stage_one(net, split, RECIPE)
     assert same_weights(net.body.state_dict(), body)
@@ -224,13 +225,13 @@ def test_stage_one_changes_the_head_alone(split, kind):
     assert [row.number for row in rows] == list(range(1, 21))
     if kind == "tiny":
         assert max(row.validation_accuracy for row in rows) == 100
-        assert finetune.test(net, split.test, RECIPE).accuracy == 100
+        assert classifier.test(net, split.test).accuracy == 100
 
 
 def test_features_are_those_of_the_body(split):
     net = tiny().train()
     head = net.head
-    rows, labels = finetune.features(net, split.validation, RECIPE).tensors
+    rows, labels = classifier.features(net, split.validation).tensors
     assert net.head is head
     assert net.training
     assert labels.tolist() == split.validation.targets
@@ -354,7 +355,7 @@ def test_stage_two_resumes_bit_identical(tmp_path, split, workers):
     rows = stage_two(whole, split, RECIPE, tmp_path / "whole", workers)
     cut = tmp_path / "cut"
     interrupted(8, lambda: stage_two(tiny(), split, RECIPE, cut, workers))
-    assert len(load_safely(cut / "all_layers.pt")["rows"]) == 1
+    assert len(load_safely(cut / "all_layers.pt")["notes"]["rows"]) == 1
     again = stage_two(resumed, split, RECIPE, cut, workers)
     assert [row.train_loss for row in again] == [row.train_loss for row in rows]
     assert same_weights(resumed.state_dict(), whole.state_dict())
@@ -374,11 +375,10 @@ def test_pull_goes_on_to_where_the_body_was_at_first(tmp_path, split):
 
 def test_last_batch_is_not_a_single_image(split):
     """It has no variance; a validation batch needs none, so nothing is left out there."""
-    recipe = replace(RECIPE, batch=17)
     for part, shuffle, sizes in ((split.train, True, [17]), (split.train, False, [17, 1])):
-        loader = finetune.batches(part, of_test(16), recipe, shuffle)
+        loader = classifier.batches(part, 17, of_test(16), shuffle)
         assert [len(y) for _, y in loader] == sizes
-    whole = finetune.batches(split.train, of_test(16), replace(RECIPE, batch=18), True)
+    whole = classifier.batches(split.train, 18, of_test(16), True)
     assert [len(y) for _, y in whole] == [18]
 
 
@@ -396,7 +396,7 @@ def six_answers():
         [0.1, 0.7, 0.2],
     ]
     labels, files = torch.tensor([0, 1, 1, 1, 2, 2]), tuple(f"{k}.png" for k in range(6))
-    return finetune.Tested(torch.tensor(chances), labels, files, ("a", "b", "c"))
+    return classifier.Tested(torch.tensor(chances), labels, files, ("a", "b", "c"))
 
 
 def test_numbers_of_the_test_by_hand():
@@ -417,7 +417,7 @@ def test_class_that_is_never_answered_has_its_place_in_the_confusion():
 
 def test_test_is_what_the_classifier_says_of_each_file(split):
     net = tiny()
-    t = finetune.test(net, split.test, RECIPE)
+    t = classifier.test(net, split.test)
     assert t.classes == tuple(COLOURS)
     assert list(zip(t.files, t.labels.tolist(), strict=True)) == split.test.samples
     for file, chances in zip(t.files, t.chances.tolist(), strict=True):
@@ -463,10 +463,8 @@ def test_run_leaves_a_classifier_and_a_record(tmp_path, photos, bodies, weights,
     assert [row["number"] for row in record["stage_two"]] == [1, 2, 3]
     assert {"device", "threads", "torch", "commit", "minutes"} <= record.keys()
     assert "images: 18 train 6 validation 6 test" in capsys.readouterr().out
-    net = finetune.load(out / MODEL)
-    torch.testing.assert_close(
-        finetune.test(net, labelled.load(photos).test, RECIPE).chances, t.chances
-    )
+    net = classifier.load(out / MODEL)
+    torch.testing.assert_close(classifier.test(net, labelled.load(photos).test).chances, t.chances)
     if weights:
         assert t.accuracy == 100
 

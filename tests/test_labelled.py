@@ -10,7 +10,8 @@ from helpers import told_in_one_line
 from PIL import Image
 
 from metautils.data import labelled
-from metautils.data.labelled import Images, read_rgb
+from metautils.data.images import read_rgb
+from metautils.data.labelled import Images
 
 GIVEN = ("train/a", "train/b", "test/a", "test/b")
 RED, WHITE = (255, 0, 0), (255, 255, 255)

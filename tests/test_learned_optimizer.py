@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from metautils.adapt import SGD, Adam, adapt, inner_steps
+from metautils.checkpoint import CHECKPOINT, CheckpointMismatch
 from metautils.data.quadratics import QuadraticSampler
 from metautils.episode import Episode
 from metautils.files import load_safely
@@ -26,7 +27,7 @@ from metautils.learners.learned_optimizer import (
     named,
 )
 from metautils.nets import classifier, mlp
-from metautils.train import CHECKPOINT, CheckpointMismatch, meta_train
+from metautils.train import meta_train
 
 FIRST_ORDER = pytest.mark.parametrize("first_order", [True, False], ids=["first", "second"])
 
@@ -680,7 +681,9 @@ def final(learner, d):
 def test_meta_training_teaches_to_train(d, truncation):
     learner = small(d, truncation)
     start, before = final(learner, d)
-    history = meta_train(learner, QuadraticSampler(d, 16), 50, lr=2e-2, progress=False)
+    history = meta_train(
+        learner, QuadraticSampler(d, 16), 50, lr=2e-2, progress=False, clip=1.0, each_piece=True
+    )
     after = final(learner, d)[1]
     assert after < 0.3 * min(start, before)
     assert len(history.loss) == 50
@@ -700,9 +703,12 @@ class Stopped(FromScratch):
             yield piece
 
 
-def run(learner, out, **changed):
-    length = {"steps": 12, "every": 5, "progress": False}
-    return meta_train(learner, QuadraticSampler(2, 4), out=out, **(length | changed))
+Stopped.__name__ = FromScratch.__name__  # a checkpoint knows its learner
+
+
+def run(learner, out, episodes=None, **changed):
+    length = {"steps": 12, "every": 5, "progress": False, "clip": 1.0, "each_piece": True}
+    return meta_train(learner, episodes or QuadraticSampler(2, 4), out=out, **(length | changed))
 
 
 @pytest.mark.parametrize("batch", [None, 1])
@@ -716,7 +722,7 @@ def test_interrupted_and_resumed_ends_bit_identical(tmp_path, batch):
     torch.manual_seed(1)
     with pytest.raises(KeyboardInterrupt):
         run(cut, tmp_path / "cut")
-    assert load_safely(tmp_path / "cut" / CHECKPOINT)["step"] == 5
+    assert load_safely(tmp_path / "cut" / CHECKPOINT)["notes"]["step"] == 5
     resumed = small(batch=batch)
     with torch.no_grad():
         resumed.optimizer.output.weight.zero_()
@@ -734,10 +740,10 @@ def test_interrupted_and_resumed_ends_bit_identical(tmp_path, batch):
 def test_resuming_with_other_quadratics_is_refused(tmp_path):
     run(small(), tmp_path, steps=1)
     with pytest.raises(CheckpointMismatch, match="was made with dimensions=2, not 3: give the sa"):
-        meta_train(small(3), QuadraticSampler(3, 4), 1, out=tmp_path, progress=False)
+        run(small(3), tmp_path, episodes=QuadraticSampler(3, 4), steps=1)
 
 
-def norms_seen_by_adam(monkeypatch, learner, episodes):
+def norms_seen_by_adam(monkeypatch, learner, episodes, **outer):
     """The norm of the meta-gradient at each step of Adam in three episodes of meta-training."""
     norms, step = [], torch.optim.Adam.step
 
@@ -747,7 +753,7 @@ def norms_seen_by_adam(monkeypatch, learner, episodes):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", noted)
-        meta_train(learner, episodes, 3, progress=False)
+        meta_train(learner, episodes, 3, progress=False, **outer)
     return norms
 
 
@@ -765,23 +771,21 @@ def test_resuming_with_another_inner_loop_is_refused(tmp_path, changed):
 
 
 @pytest.mark.parametrize(("truncation", "pieces"), [(5, 4), (8, 3), (None, 1)])
-def test_optimiser_is_updated_after_every_piece(monkeypatch, truncation, pieces):
+def test_optimiser_can_be_updated_after_every_piece(monkeypatch, truncation, pieces):
     for each, updates in ((True, pieces), (False, 1)):
         learner = small(truncation=truncation)
-        assert learner.update_each_piece
-        learner.update_each_piece = each
-        seen = norms_seen_by_adam(monkeypatch, learner, QuadraticSampler(2, 4))
+        seen = norms_seen_by_adam(monkeypatch, learner, QuadraticSampler(2, 4), each_piece=each)
         assert len(seen) == 3 * updates
 
 
 def test_meta_gradient_is_clipped_at_1(monkeypatch):
     """With a scale of 10 the unrolls are so wild that it matters."""
     found = {}
-    for clip in (FromScratch.meta_clip, None):
+    for clip in (1.0, None):
         learner = small(truncation=20)
-        learner.optimizer.scale, learner.meta_clip = 10.0, clip
+        learner.optimizer.scale = 10.0
         torch.manual_seed(0)
-        found[clip] = norms_seen_by_adam(monkeypatch, learner, QuadraticSampler(2, 4))
+        found[clip] = norms_seen_by_adam(monkeypatch, learner, QuadraticSampler(2, 4), clip=clip)
     assert found[None][0] > 2
     assert found[1.0][0] == pytest.approx(1, rel=1e-4)
     assert max(found[1.0]) < 1 + 1e-4

@@ -27,6 +27,7 @@ from helpers import (
 from torch import nn
 from torch.nn import functional as F
 
+from metautils.checkpoint import CheckpointMismatch
 from metautils.data.regression import SINUSOIDS, RegressionSampler
 from metautils.episode import Episode
 from metautils.evaluate import episode_accuracy, evaluate, squared_errors
@@ -35,7 +36,7 @@ from metautils.learners.maml import FOMAML, MAML
 from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.reptile import Reptile
 from metautils.nets import BatchNorm, Conv4, classifier, mlp
-from metautils.train import CheckpointMismatch, meta_train
+from metautils.train import meta_train
 
 LEARNERS = [MAML, FOMAML, ANIL, MetaSGD, Reptile]
 ALL = pytest.mark.parametrize("kind", LEARNERS)
@@ -105,7 +106,7 @@ def test_loop_equals_vmap(kind, strided, transductive):
     e, found = images_to_learn(tasks=3), []
     for vectorise in (True, False):
         learner = conv(kind, 3, strided, transductive=transductive, vectorise=vectorise)
-        assert learner.tasks_at_once == (None if vectorise else 1)
+        assert len(list(learner.pieces(e))) == (1 if vectorise else 3)
         loss, predictions = learner.meta_loss(e)
         assert predictions.shape == (3, 6, 3)
         slope = gradient(loss, list(learner.parameters()))
@@ -131,10 +132,14 @@ def test_tasks_in_parts_give_the_gradient_of_all(kind, at_once):
 @STRIDED
 def test_what_is_faster_is_chosen(strided):
     """On a CPU: convolutions one task after another, all else at once; but as one says."""
-    assert conv(MAML, strided=strided).tasks_at_once == 1
-    assert conv(MAML, strided=strided, vectorise=True).tasks_at_once is None
-    assert MAML(mlp()).tasks_at_once is None
-    assert MAML(mlp(), vectorise=False).tasks_at_once == 1
+    images, points = images_to_learn(tasks=3), RegressionSampler(SINUSOIDS, 5, tasks=3).sample()
+    for made, episode, pieces in (
+        (conv(MAML, strided=strided), images, 3),
+        (conv(MAML, strided=strided, vectorise=True), images, 1),
+        (MAML(mlp()), points, 1),
+        (MAML(mlp(), vectorise=False), points, 3),
+    ):
+        assert len(list(made.pieces(episode))) == pieces
 
 
 # What each learner is

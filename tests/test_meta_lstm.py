@@ -26,13 +26,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from metautils.adapt import SGD, adapt
+from metautils.checkpoint import CheckpointMismatch
 from metautils.data.regression import SINUSOIDS, RegressionSampler
 from metautils.episode import Episode
 from metautils.evaluate import episode_accuracy
+from metautils.learners import meta_lstm
 from metautils.learners.learned_optimizer import log_sign
 from metautils.learners.meta_lstm import MetaLSTM, MetaLSTMCell
 from metautils.nets import BatchNorm, classifier, mlp
-from metautils.train import CheckpointMismatch, meta_train
+from metautils.train import meta_train
 
 FIRST_ORDER = pytest.mark.parametrize("first_order", [True, False], ids=["first", "second"])
 
@@ -446,10 +448,8 @@ def test_resuming_with_another_inner_loop_is_refused(tmp_path, changed, told):
 def test_meta_gradient_is_clipped_at_a_quarter(monkeypatch):
     """And Adam takes one step an episode, though its tasks are run one by one."""
     found = {}
-    for clip in (MetaLSTM.meta_clip, None):
-        learner = small()
-        learner.meta_clip = clip
-        found[clip] = norms_seen_by_adam(monkeypatch, learner, blob_tasks(2))
+    for clip in (meta_lstm.CLIP, None):
+        found[clip] = norms_seen_by_adam(monkeypatch, small(), blob_tasks(2), clip=clip)
     assert len(found[0.25]) == len(found[None]) == 3
     assert found[None][0] > 0.5
     assert found[0.25][0] == pytest.approx(0.25, rel=1e-4)

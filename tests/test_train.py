@@ -16,12 +16,13 @@ from helpers import ROOT, blobs, same_weights, tiny
 from torch import nn
 
 import metautils.train
+from metautils.checkpoint import CHECKPOINT, CheckpointMismatch, load_weights
 from metautils.data.regression import SINUSOIDS, Family, RegressionSampler
-from metautils.files import DataError, load_safely
+from metautils.files import DataError, load_safely, save_atomically
 from metautils.learners.base import Learner
-from metautils.learners.protonet import ProtoNet
+from metautils.learners.protonet import ProtoNet, cosine
 from metautils.sampling import EpisodeSampler
-from metautils.train import CHECKPOINT, CheckpointMismatch, History, load_weights, meta_train
+from metautils.train import History, meta_train
 
 STEPS, EVERY = 20, 5
 LENGTH = {"steps": STEPS, "every": EVERY, "validation_episodes": 6, "progress": False}
@@ -55,7 +56,10 @@ class Scripted(ProtoNet):
         torch.manual_seed(0)
         super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(16, 8)))
         self.spare = nn.Parameter(torch.zeros(2))
-        self.at, self.what, self.calls = at, what, 0
+        self.at, self.what, self.calls, self.at_once = at, what, 0, None
+
+    def pieces(self, episode):
+        return in_parts(super().pieces, episode, self.at_once)
 
     def loss(self, predictions, query_y):
         loss = super().loss(predictions, query_y)
@@ -135,8 +139,8 @@ def test_without_validation_the_last_weights_count(tmp_path):
     learner = tiny()
     meta_train(learner, source(), 12, every=5, out=tmp_path, progress=False)
     state = load_safely(tmp_path / CHECKPOINT)
-    assert state["step"] == 12
-    assert same_weights(learner.state_dict(), state["learner"])
+    assert state["notes"]["step"] == 12
+    assert same_weights(learner.state_dict(), state["net"])
 
 
 def test_validation_sees_the_same_episodes_each_time_and_trains_nothing():
@@ -187,6 +191,7 @@ def test_interrupted_and_resumed_ends_bit_identical(tmp_path, at):
                 raise KeyboardInterrupt
             return loss(self, predictions, query_y)
 
+    Stopped.__name__ = ProtoNet.__name__  # a checkpoint knows its learner
     learner = tiny(dropout=0.2)
     learner.__class__ = Stopped
     with pytest.raises(KeyboardInterrupt):
@@ -198,9 +203,9 @@ def test_interrupted_and_resumed_ends_bit_identical(tmp_path, at):
     assert same_weights(resumed.state_dict(), expected.state_dict())
     assert facts(again) == facts(history)
     states = [load_safely(tmp_path / name / CHECKPOINT) for name in ("whole", "cut")]
-    for part in ("learner", "best"):
+    for part in ("net", "best"):
         assert same_weights(states[0][part], states[1][part])
-    assert torch.equal(states[0]["episodes"], states[1]["episodes"])
+    assert torch.equal(*(state["notes"]["episodes"] for state in states))
 
 
 def test_twice_the_same_without_interruption():
@@ -265,9 +270,10 @@ def test_killed_again_and_again_ends_bit_identical(tmp_path):
     reference = start(whole)
     process = start(cut, die=4)
     assert process.wait(120) == -signal.SIGKILL
-    left = [path.name for path in cut.iterdir() if path.name != CHECKPOINT]
-    assert left == [f".{CHECKPOINT}.partial"]  # half a file, under a name nobody reads
-    assert load_safely(cut / CHECKPOINT)["step"] == 9
+    (left,) = [path.name for path in cut.iterdir() if path.name != CHECKPOINT]
+    assert left.startswith(f".{CHECKPOINT}.")  # half a file, under a name nobody reads
+    assert left.endswith(".partial")
+    assert load_safely(cut / CHECKPOINT)["notes"]["step"] == 9
 
     chance, reached = random.Random(0), [9]
     for _ in range(2):
@@ -276,7 +282,7 @@ def test_killed_again_and_again_ends_bit_identical(tmp_path):
         time.sleep(chance.uniform(0.0, 0.4))
         process.kill()
         process.wait()
-        reached.append(load_safely(cut / CHECKPOINT)["step"])
+        reached.append(load_safely(cut / CHECKPOINT)["notes"]["step"])
     assert reached == sorted(reached)
     assert start(cut).wait(120) == 0
     assert reference.wait(120) == 0
@@ -284,6 +290,9 @@ def test_killed_again_and_again_ends_bit_identical(tmp_path):
     assert same_weights(ends[0]["weights"], ends[1]["weights"])
     assert ends[0]["facts"] == ends[1]["facts"]
     assert len(ends[0]["facts"]["loss"]) == 150
+    for path in cut.glob(".*.partial"):
+        os.utime(path, (0, 0))
+    save_atomically(1, cut / CHECKPOINT)  # removes what lies there for longer than a day
     assert {path.name for path in cut.iterdir()} == {CHECKPOINT, "end.pt"}
 
 
@@ -300,8 +309,8 @@ def test_stray_temporary_file_is_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
-        (nan, r"^The loss became nan at step 8, so training stopped before writing anything\."),
-        (infinite, r"^The loss became inf at step 8, so training stopped before writing anything"),
+        (nan, r"^The loss became nan at step 8, so training stopped\."),
+        (infinite, r"^The loss became inf at step 8, so training stopped"),
         (spoil, r"^The weights are no longer finite after step 10, so training stopped"),
     ],
 )
@@ -321,7 +330,7 @@ def test_bad_numbers_stop_training_and_keep_the_last_good_checkpoint(tmp_path, w
     assert path.read_bytes() == before[0]
     assert list(tmp_path.iterdir()) == [path]
     state = load_safely(path)
-    assert state["step"] == 5
+    assert state["notes"]["step"] == 5
     assert all(x.isfinite().all() for x in state["best"].values() if x.is_floating_point())
 
 
@@ -383,25 +392,34 @@ def test_checkpoint_of_another_network(tmp_path, network, sentence):
     assert same_weights(learner.state_dict(), before)
 
 
-@pytest.mark.parametrize("changed", [{"steps": 21}, {"lr": 0.002}])
-def test_checkpoint_of_another_length_or_learning_rate(tmp_path, changed):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"steps": 21},
+        {"lr": 0.002},
+        {"every": 4},
+        {"validation_episodes": 7},
+        {"clip": 1.0},
+        {"each_piece": True},
+    ],
+)
+def test_checkpoint_of_other_settings(tmp_path, changed):
     (name,) = changed
-    sentence = rf"was made with {name}=(20|0\.001), not {changed[name]}: give the same settings"
+    sentence = rf"was made with {name}=\S+, not {changed[name]}: give the same settings"
     refuses(stopped(tmp_path), Scripted(0, nan), sentence, **changed)
 
 
-@pytest.mark.parametrize("saved", ["", "lr=0.1"])
-def test_checkpoint_of_another_learner(tmp_path, saved):
-    """A ProtoNet has no settings, so a checkpoint that tells of some is another's."""
-    path = stopped(tmp_path)
-    state = load_safely(path)
-    assert state["settings"]["learner"] == ""
-    state["settings"]["learner"] = saved
-    torch.save(state, path)
-    if saved:
-        refuses(path, Scripted(0, nan), "was made with learner=lr=0.1, not : give the same")
-    else:
-        run(tmp_path, Scripted(0, nan))
+class Other(Scripted):
+    """A learner of another kind with the same weights."""
+
+
+def test_checkpoint_of_another_learner(tmp_path):
+    """Of another class, or with other settings than weights."""
+    path, other, changed = stopped(tmp_path), Other(0, nan), Scripted(0, nan)
+    changed.distance = cosine
+    refuses(path, other, r"was made with learner=Scripted\(.*, not Other\(.*: give the same")
+    refuses(path, changed, r"distance=squared_euclidean\), not .*distance=cosine\): give the same")
+    run(tmp_path, Scripted(0, nan))
 
 
 def test_tasks_in_parts_end_like_all_at_once(monkeypatch):
@@ -411,7 +429,7 @@ def test_tasks_in_parts_end_like_all_at_once(monkeypatch):
     for at_once in (None, 1, 2):
         learner = Scripted(0, nan)
         learner.embed[1].bias = None
-        learner.tasks_at_once = at_once
+        learner.at_once = at_once
         history = meta_train(learner, source(tasks=3), 8, progress=False)
         assert learner.calls == 8 * {None: 1, 1: 3, 2: 2}[at_once]
         ends.append((history.loss, history.accuracy, learner.state_dict()))
@@ -443,7 +461,7 @@ def test_regression_has_a_loss_and_no_accuracy(tmp_path, capsys):
     assert "accuracy" not in capsys.readouterr().err
     other = RegressionSampler(SINUSOIDS, 2, tasks=3)
     with pytest.raises(CheckpointMismatch, match="family=doubled, not sinusoids"):
-        meta_train(Line(), other, 60, lr=0.1, out=tmp_path)
+        meta_train(Line(), other, 60, lr=0.1, every=25, out=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -455,7 +473,7 @@ def test_regression_has_a_loss_and_no_accuracy(tmp_path, capsys):
         ({"queries": 1}, "queries=2, not 1"),
         ({"tasks": 1}, "tasks=2, not 1"),
         ({"rotate": True}, "rotate=False, not True"),
-        ({"bank_seed": 1}, "pixels="),
+        ({"bank_seed": 1}, "bank="),
     ],
 )
 def test_checkpoint_of_other_episodes(tmp_path, changed, sentence):
@@ -513,17 +531,26 @@ def test_history_is_plain_values(tmp_path):
 class Weighed(Line):
     """Tasks one by one; the gradient of each is far above 1."""
 
-    tasks_at_once = 1
+    at_once = 1
 
     def loss(self, predictions, query_y):
         return 100 * super().loss(predictions, query_y)
 
+    def pieces(self, episode):
+        return in_parts(super().pieces, episode, self.at_once)
 
-def updates(monkeypatch, episodes=4, **attributes):
+
+def in_parts(pieces, episode, tasks):
+    """The pieces of an episode, of at most so many tasks each, that add up to its meta-loss."""
+    for part in episode.parts(tasks):
+        for loss, *rest in pieces(part):
+            yield loss * (part.tasks / episode.tasks), *rest
+
+
+def updates(monkeypatch, episodes=4, at_once=1, **outer):
     """Rate and gradient at every step of Adam, and the history."""
     learner, seen, step = Weighed(), [], torch.optim.Adam.step
-    for name, value in attributes.items():
-        setattr(learner, name, value)
+    learner.at_once = at_once
 
     def noted(self, *arguments, **named):
         seen.append((self.param_groups[0]["lr"], learner.theta.grad.item()))
@@ -533,7 +560,12 @@ def updates(monkeypatch, episodes=4, **attributes):
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", noted)
         history = meta_train(
-            learner, RegressionSampler(doubled, 2, tasks=3), episodes, lr=0.1, progress=False
+            learner,
+            RegressionSampler(doubled, 2, tasks=3),
+            episodes,
+            lr=0.1,
+            progress=False,
+            **outer,
         )
     return seen, history
 
@@ -541,7 +573,7 @@ def updates(monkeypatch, episodes=4, **attributes):
 def test_update_once_an_episode_or_after_each_piece(monkeypatch):
     """With one rate of the cosine for all pieces of an episode."""
     once, history = updates(monkeypatch)
-    each, pieces = updates(monkeypatch, update_each_piece=True)
+    each, pieces = updates(monkeypatch, each_piece=True)
     assert (len(once), len(each)) == (4, 12)
     cosine = [0.05 * (1 + math.cos(math.pi * t / 4)) for t in range(4)]
     assert [rate for rate, _ in once] == pytest.approx(cosine)
@@ -557,26 +589,21 @@ def test_update_once_an_episode_or_after_each_piece(monkeypatch):
 def test_loss_of_an_episode_is_that_of_all_its_pieces(monkeypatch, each):
     """While theta stays at 0 both ways of updating see the same pieces, each of them once."""
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self, *arguments, **named: None)
-    seen, history = updates(monkeypatch, 1, update_each_piece=each)
-    whole, expected = updates(monkeypatch, 1, tasks_at_once=None)
+    seen, history = updates(monkeypatch, 1, each_piece=each)
+    whole, expected = updates(monkeypatch, 1, at_once=None)
     assert history.loss == pytest.approx(expected.loss)
     assert sum(slope for _, slope in seen) == pytest.approx(whole[0][1])
 
 
 @pytest.mark.parametrize("each", [True, False])
 @pytest.mark.parametrize("clip", [0.5, 1e6])
-def test_meta_clip_bounds_the_gradient_that_adam_sees(monkeypatch, each, clip):
+def test_clip_bounds_the_gradient_that_adam_sees(monkeypatch, each, clip):
     """And leaves what is below it, as None leaves all."""
-    free, _ = updates(monkeypatch, update_each_piece=each)
-    bound, _ = updates(monkeypatch, update_each_piece=each, meta_clip=clip)
+    free, _ = updates(monkeypatch, each_piece=each)
+    bound, _ = updates(monkeypatch, each_piece=each, clip=clip)
     assert min(abs(slope) for _, slope in free[:3]) > 1
     expected = math.copysign(min(abs(free[0][1]), clip), free[0][1])
     assert bound[0][1] == pytest.approx(expected, rel=1e-4)
     assert all(abs(slope) <= clip * (1 + 1e-5) for _, slope in bound)
     if clip == 1e6:
         assert bound == free
-
-
-def test_learners_of_the_base_class_update_once_and_are_not_clipped():
-    assert Learner.update_each_piece is False
-    assert Learner.meta_clip is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -68,6 +70,14 @@ class ClassBank:
         """Row of each class's first image, `(classes,)` int64."""
         return self.counts.cumsum(0) - self.counts
 
+    @property
+    def digest(self) -> str:
+        """Tells this bank from others: of the images and of which class each belongs to."""
+        found = hashlib.sha256(repr((tuple(self.images.shape), self.names)).encode())
+        for x in (self.counts, self.images):
+            found.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return found.hexdigest()[:16]
+
     def select(self, classes: Sequence[int] | Tensor) -> ClassBank:
         """The bank of the given classes only, in the given order."""
         index = torch.as_tensor(classes, dtype=torch.int64)
@@ -127,18 +137,27 @@ def split_classes(bank: ClassBank, sizes: tuple[int, int, int], seed: int = 0) -
     return Parts(*(bank.select(part) for part in order.split(list(sizes))))
 
 
-def cached(name: str, make: Callable[[], ClassBank]) -> ClassBank:
+def cached(name: str, make: Callable[[], ClassBank], version: str = "") -> ClassBank:
     """The bank that was kept under this name in the cache, or a new one, which is then kept.
 
-    Images, counts and names are kept, attributes are not.
+    One of another version, or a damaged one, is made again. Where nothing can be written, a warning
+    says so.
     """
     path = cache_folder() / f"{name}.pt"
     if path.exists():
         try:
             saved = load_safely(path)
-            return ClassBank(saved["images"], saved["counts"], tuple(saved["names"]))
+            if saved["version"] != version:
+                raise DataError(f"{path} is of another version.")
+            counts, names = saved["counts"], tuple(saved["names"])
+            return ClassBank(saved["images"], counts, names, saved["attributes"])
         except (DataError, KeyError, TypeError, ValueError):
-            path.unlink()  # a damaged cache is made again
+            pass  # written anew below
     bank = make()
-    save_atomically({"images": bank.images, "counts": bank.counts, "names": list(bank.names)}, path)
+    try:
+        save_atomically(vars(bank) | {"names": list(bank.names), "version": version}, path)
+    except DataError as error:
+        warnings.warn(
+            f"The data are there, but will be made again next time: {error}", stacklevel=2
+        )
     return bank

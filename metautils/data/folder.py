@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from metautils.data.bank import ClassBank, Parts, split_classes
+from metautils.data.images import SUFFIXES, read_image, visible
 from metautils.files import DataError
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
@@ -37,7 +35,7 @@ def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path} is no folder: name one that holds a subfolder for each class.")
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and visible(p.name))
     if not folders:
         raise DataError(f"{path} has no subfolder: put the images of each class into one.")
     classes = []
@@ -66,37 +64,11 @@ def load(path: str | Path, size: int = 84, channels: int = 3, seed: int = 0) -> 
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    return path.suffix.lower() in SUFFIXES and path.is_file() and visible(path.name)
 
 
 def _read(file: Path, size: int, channels: int) -> Tensor:
     image = read_image(file).convert("RGB" if channels == 3 else "L")
     image = ImageOps.fit(image, (size, size))
+    # (size, size, channels) or (size, size) to (channels, size, size)
     return torch.from_numpy(np.array(image)).reshape(size, size, channels).permute(2, 0, 1)
-
-
-def read_image(file: str | Path | Image.Image) -> Image.Image:
-    """An image, from a file or open, as 8 bits, grey or RGB, upright; transparency becomes white.
-
-    Raises:
-        DataError: if the file is no image, or is cut off.
-    """
-    try:
-        with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as opened:
-            image = ImageOps.exif_transpose(_eight_bits(opened))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} is no readable image: mend or remove it ({error}).") from error
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits; Pillow's own conversion cuts everything above 255 off."""
-    image.load()
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image, dtype=np.float64)
-    top = 65535 if values.max() > 255 else 255
-    return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))

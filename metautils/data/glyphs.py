@@ -12,14 +12,16 @@ The page is the square [-1, 1] x [-1, 1], x to the right and y down.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pathlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from metautils.data.bank import ClassBank, Parts
+from metautils.data.bank import ClassBank, Parts, cached
 
 DABS = 20  # of ink on one move of the pen
 VERTICES = 16  # at most, in one character
@@ -349,7 +351,10 @@ def load(seed: int = 0, alphabets: int = 50, characters: int = 24, drawings: int
         raise ValueError(
             f"{alphabets} alphabets cannot be cut into three parts: ask for 3 or more."
         )
-    bank = generate(alphabets, characters, drawings, seed=seed)
+    # Kept, since a notebook would wait seconds for them; other code here draws other glyphs.
+    code = hashlib.sha256(pathlib.Path(__file__).read_bytes()).hexdigest()
+    name = f"glyphs-{alphabets}-{characters}-{drawings}-{seed}"
+    bank = cached(name, lambda: generate(alphabets, characters, drawings, seed=seed), code)
     test, validation = max(1, alphabets // 5), max(1, alphabets // 10)
     sizes = [alphabets - test - validation, validation, test]
     parts = torch.arange(len(bank)).split([k * characters for k in sizes])

@@ -13,17 +13,12 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from metautils.data.folder import read_image
+from metautils.data.images import read_rgb, visible
 from metautils.files import DataError
 
 PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 SHARE = 0.2  # of a class, for validation and for test each
 PLAIN = {"RGB", "L"}  # modes that are read as they are
-
-
-def read_rgb(file: str | Path | Image.Image) -> Image.Image:
-    """An image of any mode in colour, see `metautils.data.folder.read_image`."""
-    return read_image(file).convert("RGB")
 
 
 class Images(ImageFolder):
@@ -35,15 +30,19 @@ class Images(ImageFolder):
     Args:
         root: a folder with a subfolder for each class.
 
+    Attributes:
+        contents: a hash of the pixels of every file that was read, see `load`.
+
     Raises:
         DataError: if there are fewer than two classes, or a class is empty.
     """
 
     def __init__(self, root: Path) -> None:
         def shown(file: str) -> bool:
-            return all(map(_visible, Path(file).relative_to(root).parts))
+            return all(map(visible, Path(file).relative_to(root).parts))
 
         super().__init__(str(root), loader=read_rgb, is_valid_file=shown, allow_empty=True)
+        self.contents: dict[str, str] = {}
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Names of the subfolders, sorted, and their labels."""
@@ -51,7 +50,7 @@ class Images(ImageFolder):
             raise DataError(
                 f"{directory} is no folder: name one that holds a subfolder for each class."
             )
-        folders = (p for p in Path(directory).iterdir() if p.is_dir() and _visible(p.name))
+        folders = (p for p in Path(directory).iterdir() if p.is_dir() and visible(p.name))
         names = sorted(p.name for p in folders)
         if len(names) < 2:
             raise DataError(
@@ -66,6 +65,14 @@ class Images(ImageFolder):
         part.samples = part.imgs = [self.samples[k] for k in rows]
         part.targets = [label for _, label in part.samples]
         return part
+
+    def digests(self) -> dict[str, str]:
+        """What is on each picture, in short, by its name below the root: the same for a copy."""
+        contents = {
+            file: self.contents.get(file) or _digest(read_rgb(file)) for file, _ in self.samples
+        }
+        root = Path(self.root)
+        return {Path(file).relative_to(root).as_posix(): x[:16] for file, x in contents.items()}
 
 
 class Split(NamedTuple):
@@ -104,6 +111,8 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
     sets = {part: Images(folder) for part, folder in folders.items()}
     _check_classes(sets)
     contents, notes = _read_all([f for each in sets.values() for f, _ in each.samples], progress)
+    for each in sets.values():
+        each.contents = contents
     _check_pictures(sets, contents)
     missing = [part for part in PARTS if part not in sets]
     divided = _divide(sets["train"], contents, len(missing), seed)
@@ -121,10 +130,6 @@ def _parts(path: Path) -> dict[str, Path]:
             "classes directly into the folder to have them split."
         )
     return found if "train" in found else {}
-
-
-def _visible(name: str) -> bool:
-    return not name.startswith((".", "__MACOSX"))
 
 
 def _check_classes(sets: dict[str, Images]) -> None:
@@ -157,9 +162,13 @@ def _read_all(files: Sequence[str], progress: bool) -> tuple[dict[str, str], tup
                 )
             if opened.mode not in PLAIN:
                 notes.append(f"{file} is of mode {opened.mode} and is read as RGB.")
-        size = "x".join(map(str, image.size)).encode()
-        contents[file] = hashlib.sha256(size + image.tobytes()).hexdigest()
+        contents[file] = _digest(image)
     return contents, tuple(notes)
+
+
+def _digest(image: Image.Image) -> str:
+    size = "x".join(map(str, image.size)).encode()
+    return hashlib.sha256(size + image.tobytes()).hexdigest()
 
 
 def _check_pictures(sets: dict[str, Images], contents: dict[str, str]) -> None:

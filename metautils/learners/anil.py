@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from metautils.learners.maml import MAML
+from metautils.learners.base import Method
+from metautils.learners.maml import MAML, PRESETS, on_strided_conv4
 
 
 class ANIL(MAML):
@@ -17,3 +18,6 @@ class ANIL(MAML):
 
     def __init__(self, net: nn.Module, lr: float = 0.4, steps: int = 1, **options: object) -> None:
         super().__init__(net, lr, steps, only=("head",), **options)
+
+
+METHODS = {"anil": Method("ANIL", on_strided_conv4(ANIL, test_steps=3), PRESETS)}

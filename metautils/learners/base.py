@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
 from metautils.episode import Episode
@@ -25,35 +26,34 @@ class Learner(nn.Module):
 
     Attributes:
         transductive: whether a prediction depends on the other queries of its task.
-        tasks_at_once: how many tasks of an episode `meta_train` takes before it runs backward
-            (None: all). The sum of the gradients is the same; memory and speed are not.
-        update_each_piece: whether `meta_train` takes a step after each of the `pieces`, not after
-            the last only.
-        meta_clip: `meta_train` scales meta-gradients down to this norm (None: it does not).
+
+    Example:
+        >>> class Prior(Learner):
+        ...     def forward(self, support_x, support_y, query_x):
+        ...         ways = int(support_y.max()) + 1
+        ...         return query_x.new_zeros(*query_x.shape[:2], ways)
+        >>> import torch
+        >>> x, y = torch.rand(2, 5, 3), torch.arange(5).expand(2, 5)
+        >>> Prior()(x, y, torch.rand(2, 10, 3)).shape
+        torch.Size([2, 10, 5])
     """
 
     transductive: bool = False
-    tasks_at_once: int | None = None
-    update_each_piece: bool = False
-    meta_clip: float | None = None
 
     def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
         """`task_loss` over all queries of all tasks, a scalar."""
+        # (tasks, Q, ...) to (tasks * Q, ...)
         return task_loss(predictions.flatten(0, 1), query_y.flatten(0, 1))
 
-    def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
-        """The scalar whose gradient trains the learner, and the predictions for the queries."""
-        predictions = self(episode.support_x, episode.support_y, episode.query_x)
-        return self.loss(predictions, episode.query_y), predictions
-
     def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The meta-loss in pieces that add up, each with predictions and what they should be.
+        """What `meta_train` learns from: the meta-loss of an episode in pieces that add up.
 
-        `meta_train` runs backward after each, so that its graph is freed before the next.
+        Yields:
+            A scalar whose gradient trains the learner, predictions, and what they should be.
+            `meta_train` runs backward after each, so that its graph is freed before the next.
         """
-        for part in episode.parts(self.tasks_at_once):
-            loss, predictions = self.meta_loss(part)
-            yield loss * (part.tasks / episode.tasks), predictions, part.query_y
+        predictions = self(episode.support_x, episode.support_y, episode.query_x)
+        yield self.loss(predictions, episode.query_y), predictions, episode.query_y
 
 
 def task_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -61,3 +61,71 @@ def task_loss(predictions: Tensor, targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         return F.mse_loss(predictions, targets)
     return F.cross_entropy(predictions, targets)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a learner is made for.
+
+    Attributes:
+        image: shape of an image, `(channels, height, width)`.
+        ways: classes in a task.
+        classes: number of training classes.
+        transductive: whether the queries of a task may be normalised by one another.
+    """
+
+    image: Size
+    ways: int
+    classes: int
+    transductive: bool = True
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Length and episodes of a training, and the number of test episodes for each setting.
+
+    Attributes:
+        steps: training episodes.
+        ways, shots, queries: of the training episodes; queries are per class.
+        tasks: in a training episode.
+        episodes: of the test.
+        lr: of Adam at the start.
+        clip: of meta-gradients, see `meta_train`.
+    """
+
+    steps: int
+    ways: int
+    shots: int
+    queries: int
+    tasks: int = 1
+    episodes: int = 600
+    lr: float = 1e-3
+    clip: float | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name: how its learner is made and trained. A learner's file lists its METHODS.
+
+    Attributes:
+        title: its name in tables.
+        make: the learner for a problem.
+        presets: by name, "quick" and "full".
+        rotations: of drawings in training: all four as `"classes"`, or one for a class and task,
+            `"episode"`.
+        any_ways: can be tested with other ways than it was trained with.
+        any_shots: can be tested with other shots than it was trained with.
+    """
+
+    title: str
+    make: Callable[[Problem], Learner]
+    presets: dict[str, Preset]
+    rotations: str = "episode"
+    any_ways: bool = False
+    any_shots: bool = False
+
+    def tests(self, ways: int, shots: int) -> tuple[tuple[int, int], ...]:
+        """The (ways, shots) that a learner is tested in which was trained with these."""
+        if not self.any_ways:
+            return ((ways, shots),)
+        return ((5, 1), (5, 5), (20, 1), (20, 5)) if self.any_shots else ((5, shots), (20, shots))

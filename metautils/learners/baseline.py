@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metautils import pretrained
 from metautils.data.bank import ClassBank
 from metautils.episode import Episode
-from metautils.learners.base import Learner
+from metautils.learners.base import Learner, Method, Preset, Problem
 from metautils.learners.protonet import cosine, prototypes
+from metautils.nets import Conv4
+from metautils.pretrained import Prepared
 
 Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
 SCALE = 10.0  # of cosines; without it no class could come near a probability of 1
@@ -135,3 +138,40 @@ class Baseline(Learner):
     def extra_repr(self) -> str:
         """The settings, so that a checkpoint knows its learner."""
         return f"fit={self.fit.__name__}"
+
+
+def _on_conv4(
+    fit: Fit, head: Callable[[int, int], nn.Module] = nn.Linear
+) -> Callable[[Problem], Baseline]:
+    """A Conv-4 that learns to tell the training classes apart, as Chen et al. 2019 pretrain."""
+
+    def make(problem: Problem) -> Baseline:
+        body = Conv4(problem.image[0])
+        with torch.no_grad():
+            features = body.eval()(torch.zeros(1, *problem.image)).shape[1]
+        return Baseline(body.train(), head(features, problem.classes), fit)
+
+    return make
+
+
+def _on_resnet50(problem: Problem) -> Baseline:
+    """The same with a ResNet-50 from scratch, on images of 64 pixels or more."""
+    body = Prepared(pretrained.body(None), max(64, problem.image[-1]))
+    return Baseline(body, nn.Linear(pretrained.FEATURES, problem.classes), nearest_centroid)
+
+
+_PRESETS = {"quick": Preset(200, 64, 1, 1), "full": Preset(1250, 64, 1, 5, episodes=1000)}
+_ANY = {"rotations": "classes", "any_ways": True, "any_shots": True}
+METHODS = {
+    "centroid": Method(
+        "Classifier, nearest centroid", _on_conv4(nearest_centroid), _PRESETS, **_ANY
+    ),
+    "baseline": Method("Baseline", _on_conv4(linear_head), _PRESETS, **_ANY),
+    "baseline_pp": Method("Baseline++", _on_conv4(cosine_head, CosineHead), _PRESETS, **_ANY),
+    "resnet50": Method(
+        "ResNet-50 classifier, nearest centroid",
+        _on_resnet50,
+        {"quick": Preset(200, 64, 1, 1), "full": Preset(1800, 64, 1, 1, episodes=1000)},
+        **_ANY,
+    ),
+}

@@ -81,7 +81,7 @@ class FromScratch(Learner):
     With an optimiser that is a module, meta-training teaches it to train. The meta-loss is the mean
     over all steps of the *logarithm* of the loss: equation 3 of the paper, which has the loss
     itself there, is about the first steps only where losses fall by powers of ten. As in the paper
-    the optimiser is updated after every `truncation` steps.
+    the optimiser is updated after every `truncation` steps: `meta_train(..., each_piece=True)`.
 
     Args:
         make: gives a freshly initialised network.
@@ -94,9 +94,6 @@ class FromScratch(Learner):
     Raises:
         ValueError: if a number is below 1.
     """
-
-    update_each_piece = True
-    meta_clip = 1.0
 
     def __init__(
         self,

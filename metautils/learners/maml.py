@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
-from metautils.learners.base import Learner, task_loss
-from metautils.nets import BatchNorm, batch_norm_mode
+from metautils.episode import Episode
+from metautils.learners.base import Learner, Method, Preset, Problem, task_loss
+from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier
 
 
 class MAML(Learner):
@@ -72,6 +73,17 @@ class MAML(Learner):
         after = self.steps if self.training else self.test_steps
         return self.after_steps(support_x, support_y, query_x, [after])[:, 0]
 
+    def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """The scalar whose gradient trains theta, and the predictions for the queries."""
+        predictions = self(episode.support_x, episode.support_y, episode.query_x)
+        return self.loss(predictions, episode.query_y), predictions
+
+    def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """`meta_loss`, task by task where tasks are run one by one: each frees its graph."""
+        for part in episode.parts(None if self._vectorised else 1):
+            loss, predictions = self.meta_loss(part)
+            yield loss * (part.tasks / episode.tasks), predictions, part.query_y
+
     def after_steps(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, after: Sequence[int]
     ) -> Tensor:
@@ -124,11 +136,6 @@ class MAML(Learner):
         return ", ".join(f"{name}={value}" for name, value in (told | self.options).items())
 
     @property
-    def tasks_at_once(self) -> int | None:
-        """One where tasks are run one by one, so that each frees its graph before the next."""
-        return None if self._vectorised else 1
-
-    @property
     def _vectorised(self) -> bool:
         if self.vectorise is not None:
             return self.vectorise
@@ -154,3 +161,24 @@ def _check_norms(net: nn.Module, keeps_statistics: bool) -> None:
                 f"{name} is {type(layer).__name__}, whose statistics would mix tasks: build the "
                 "network with metautils.nets.BatchNorm, as in Conv4(norm=BatchNorm)."
             )
+
+
+def on_strided_conv4(learner: Callable[..., MAML], **options: object) -> Callable[[Problem], MAML]:
+    """A learner that adapts the strided network of Finn et al. 2017."""
+
+    def make(problem: Problem) -> MAML:
+        body = Conv4(problem.image[0], strided=True, norm=BatchNorm)
+        net = classifier(body, 64, problem.ways)
+        return learner(net, **options, transductive=problem.transductive)
+
+    return make
+
+
+PRESETS = {
+    "quick": Preset(300, 5, 1, 5, tasks=8, lr=3e-3),
+    "full": Preset(20000, 5, 1, 5, tasks=8, episodes=1000, lr=3e-3),
+}
+METHODS = {
+    "maml": Method("MAML", on_strided_conv4(MAML, test_steps=3), PRESETS),
+    "fomaml": Method("FOMAML", on_strided_conv4(FOMAML, test_steps=3), PRESETS),
+}

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metautils.learners.base import Learner
+from metautils.learners.base import Learner, Method, Preset
+from metautils.nets import Conv4
 
 
 class MatchingNet(Learner):
@@ -50,3 +51,16 @@ class MatchingNet(Learner):
     def extra_repr(self) -> str:
         """The setting, so that a checkpoint knows its learner."""
         return f"scale={self.scale}"
+
+
+METHODS = {
+    "matching": Method(
+        "Matching Networks",
+        # A factor before the softmax, which the paper does without.
+        lambda problem: MatchingNet(Conv4(problem.image[0]), scale=10.0),
+        {"quick": Preset(200, 20, 1, 5), "full": Preset(3000, 60, 1, 5, episodes=1000)},
+        rotations="classes",
+        any_ways=True,
+        any_shots=True,
+    )
+}

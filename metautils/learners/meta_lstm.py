@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from metautils.adapt import Adapted, Named
+from metautils.learners.base import Method, Preset, Problem
 from metautils.learners.learned_optimizer import (
     LSTMCell,
     check_memory,
@@ -14,6 +17,9 @@ from metautils.learners.learned_optimizer import (
     named,
 )
 from metautils.learners.maml import MAML
+from metautils.nets import Conv4, classifier
+
+CLIP = 0.25  # of meta-gradients, as in the paper
 
 
 class MetaLSTMCell(nn.Module):
@@ -63,9 +69,11 @@ class MetaLSTM(MAML):
     """Learn the start, as MAML does, and with it the rule that makes every step.
 
     `net` holds c_0, the cell's initial state. As in the paper, gradients and losses enter the cell
-    as constants, meta-gradients are scaled down to a norm of 0.25, and with `nn.BatchNorm2d` in
+    as constants, and with `nn.BatchNorm2d` in
     the network queries are normalised by their own batch in training and, when tested, by the
     running averages of their task's inner steps. A `momentum` near 1 lets these forget the start.
+
+    The paper scales meta-gradients down to a norm of 0.25: `meta_train(..., clip=CLIP)`.
 
     Args:
         net: its outputs are the logits of all ways; see `MAML`.
@@ -81,7 +89,6 @@ class MetaLSTM(MAML):
     """
 
     keeps_statistics = True
-    meta_clip = 0.25
 
     def __init__(
         self,
@@ -122,3 +129,22 @@ class MetaLSTM(MAML):
 
 def _gate(W: Tensor, b: Tensor, h: Tensor, c: Tensor, before: Tensor) -> Tensor:
     return (W[:-2] @ h + W[-2] * c + W[-1] * before + b).sigmoid()
+
+
+def _made(problem: Problem) -> MetaLSTM:
+    """On the paper's network of 32 filters; never transductive."""
+    norm = partial(nn.BatchNorm2d, momentum=0.95)
+    body = Conv4(problem.image[0], width=32, norm=norm)
+    return MetaLSTM(classifier(body, 32, problem.ways))
+
+
+METHODS = {
+    "meta_lstm": Method(
+        "Meta-LSTM",
+        _made,
+        {
+            "quick": Preset(300, 5, 1, 5, clip=CLIP),
+            "full": Preset(12000, 5, 1, 5, episodes=1000, lr=2e-3, clip=CLIP),
+        },
+    )
+}

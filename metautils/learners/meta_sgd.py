@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from metautils.adapt import SGD
-from metautils.learners.maml import MAML
+from metautils.learners.base import Method
+from metautils.learners.maml import MAML, PRESETS, on_strided_conv4
 
 
 class MetaSGD(MAML):
@@ -25,3 +26,6 @@ class MetaSGD(MAML):
         """SGD with the learned rates."""
         names = [name for name, _ in self.net.named_parameters()]
         return SGD(dict(zip(names, self.rates, strict=True)))
+
+
+METHODS = {"meta_sgd": Method("Meta-SGD", on_strided_conv4(MetaSGD), PRESETS)}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metautils.learners.base import Learner
+from metautils.learners.base import Learner, Method, Preset
+from metautils.nets import Conv4
 
 
 def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
@@ -73,3 +74,20 @@ class ProtoNet(Learner):
         features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
         support, query = features[:, :shots], features[:, shots:]
         return -self.distance(query, prototypes(support, support_y, ways))
+
+    def extra_repr(self) -> str:
+        """The setting, so that a checkpoint knows its learner."""
+        return f"distance={getattr(self.distance, '__name__', self.distance)}"
+
+
+METHODS = {
+    "protonet": Method(
+        "Prototypical Networks",
+        lambda problem: ProtoNet(Conv4(problem.image[0])),
+        # 60-way 1-shot with 5 queries a class is how the paper trains on Omniglot.
+        {"quick": Preset(200, 20, 1, 5), "full": Preset(3000, 60, 1, 5, episodes=1000)},
+        rotations="classes",
+        any_ways=True,
+        any_shots=True,
+    )
+}

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from metautils.adapt import Adam, adapt
 from metautils.episode import Episode
-from metautils.learners.base import task_loss
-from metautils.learners.maml import MAML
+from metautils.learners.base import Method, task_loss
+from metautils.learners.maml import MAML, PRESETS, on_strided_conv4
 
 
 class Reptile(MAML):
@@ -50,3 +50,6 @@ class Reptile(MAML):
         phi, predictions = found[:, : len(theta)], found[:, len(theta) :]
         predictions = predictions.unflatten(1, (episode.query_x.shape[1], -1))
         return (theta - phi).square().sum(1).mean() / 2, predictions
+
+
+METHODS = {"reptile": Method("Reptile", on_strided_conv4(Reptile, test_steps=50), PRESETS)}

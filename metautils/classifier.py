@@ -1,0 +1,198 @@
+"""An image classifier: a body, a head, the names of the classes; tested, saved, used."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.transforms import v2
+
+from metautils import pretrained
+from metautils.data.images import read_rgb
+from metautils.data.labelled import Images
+from metautils.evaluate import wilson95
+from metautils.files import DataError, load_safely, save_atomically
+from metautils.fit import predict
+
+MODEL = "model.pt"
+ENLARGED = 232 / 224  # images are made so much larger than their crop, as for the ImageNet weights
+
+
+class Classifier(nn.Sequential):
+    """A body and a linear head, with the names of its classes and the size of its images.
+
+    Args:
+        body: `(n, 3, h, w)` to `(n, features)`.
+        features: numbers that the body gives for an image.
+        classes: their names, a label is a place in this list.
+        size: height and width of the images, pixels.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        classes: Sequence[str],
+        size: int,
+        features: int = pretrained.FEATURES,
+    ) -> None:
+        head = nn.Linear(features, len(classes))
+        super().__init__(OrderedDict(body=body, head=head))
+        self.classes, self.size = tuple(classes), size
+
+    @torch.no_grad()
+    def classify(self, image: str | Path | Image.Image) -> dict[str, float]:
+        """Probabilities of the classes for one image or image file, highest first.
+
+        Raises:
+            DataError: if the file is no readable image.
+        """
+        picture = read_rgb(image)
+        self.eval()
+        x = to_test(self.size)(picture)[None].to(self.head.weight.device)
+        chances = self(x)[0].softmax(0).tolist()
+        ranked = sorted(zip(self.classes, chances, strict=True), key=lambda pair: -pair[1])
+        return dict(ranked)
+
+    def save(self, path: str | Path) -> None:
+        """Write weights, names of the classes and size to one file."""
+        told = {"classes": list(self.classes), "size": self.size, "weights": self.state_dict()}
+        save_atomically(told, Path(path))
+
+
+def load(path: str | Path) -> Classifier:
+    """A classifier on a ResNet-50 body, as `Classifier.save` wrote it.
+
+    Raises:
+        DataError: if the file is missing, damaged or something else.
+    """
+    told = load_safely(Path(path))
+    if not isinstance(told, dict) or not {"classes", "size", "weights"} <= told.keys():
+        raise DataError(f"{path} holds no classifier: name the model.pt of a fine-tuning.")
+    net = Classifier(pretrained.body(None), told["classes"], told["size"])
+    try:
+        net.load_state_dict(told["weights"])
+    except RuntimeError as error:
+        raise DataError(
+            f"{path} holds another network: name the model.pt of a fine-tuning."
+        ) from error
+    return net.eval()
+
+
+def to_train(size: int, mirror: bool) -> v2.Compose:
+    """A random crop, mirrored at random, as a normalised float tensor `(3, size, size)`."""
+    flip = [v2.RandomHorizontalFlip()] if mirror else []
+    crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
+    return v2.Compose([v2.ToImage(), crop, *flip, *_normalised()])
+
+
+def to_test(size: int) -> v2.Compose:
+    """The middle of an image, as a normalised float tensor `(3, size, size)`."""
+    resize = v2.Resize(round(size * ENLARGED), antialias=True)
+    return v2.Compose([v2.ToImage(), resize, v2.CenterCrop(size), *_normalised()])
+
+
+def _normalised() -> list[v2.Transform]:
+    told = pretrained.IMAGENET.transforms()
+    # Without scale=True the numbers would stay in 0 to 255, and nobody would say so.
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(told.mean, told.std)]
+
+
+def batches(
+    data: Dataset,
+    batch: int,
+    transform: v2.Compose | None = None,
+    shuffle: bool = False,
+    workers: int = 0,
+) -> DataLoader:
+    """Batches of inputs and labels; of `Images`, transformed. `workers` processes read them."""
+    if transform is not None:
+        data = data.only(range(len(data)))
+        data.transform = transform
+    # A batch of a single image has no variance, which batch normalisation divides by.
+    single = shuffle and len(data) > batch and len(data) % batch == 1
+    pinned = torch.cuda.is_available()
+    return DataLoader(
+        data, batch, shuffle, num_workers=workers, drop_last=single, pin_memory=pinned
+    )
+
+
+def features(
+    net: Classifier, images: Images, batch: int = 32, workers: int = 0, progress: bool = False
+) -> TensorDataset:
+    """What the frozen body makes of the middle of each image: `(n, features)` with labels `(n,)`.
+
+    In evaluation mode: neither parameters nor batch statistics change.
+    """
+    head, net.head = net.head, nn.Identity()
+    try:
+        loader = batches(images, batch, to_test(net.size), workers=workers)
+        rows, labels = predict(net, loader, progress)
+    finally:
+        net.head = head
+    return TensorDataset(rows, labels)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a classifier made of a set of images.
+
+    Attributes:
+        chances: probability of each class for each image, `(n, classes)`.
+        labels: the true classes, `(n,)` int64.
+        files: of the images.
+        classes: their names.
+    """
+
+    chances: Tensor
+    labels: Tensor
+    files: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def right(self) -> int:
+        """Images classified rightly."""
+        return int((self.chances.argmax(1) == self.labels).sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Percent of the images classified rightly."""
+        return 100 * self.right / len(self.labels)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the accuracy by Wilson, percent."""
+        return wilson95(self.right, len(self.labels))
+
+    @property
+    def confusion(self) -> Tensor:
+        """Images of each true class (row) that got each answer (column), `(classes, classes)`."""
+        answers = self.chances.argmax(1).tolist()
+        known = range(len(self.classes))
+        return torch.from_numpy(confusion_matrix(self.labels.tolist(), answers, labels=known))
+
+    def worst(self, count: int = 8) -> list[int]:
+        """Wrong answers, by row, those first that gave the true class the least probability."""
+        truth = self.chances.gather(1, self.labels[:, None])[:, 0]
+        wrong = (self.chances.argmax(1) != self.labels).nonzero().flatten()
+        return wrong[truth[wrong].argsort(stable=True)].tolist()[:count]
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        total = len(self.labels)
+        return (
+            f"{self.accuracy:.1f} % of {total} test images, 95 % interval {low:.1f} to {high:.1f}"
+        )
+
+
+def test(net: Classifier, images: Images, batch: int = 32, workers: int = 0) -> Tested:
+    """Classify a set of images: the test set, once, when everything is decided."""
+    logits, labels = predict(net, batches(images, batch, to_test(net.size), workers=workers))
+    files = tuple(file for file, _ in images.samples)
+    return Tested(logits.softmax(1), labels, files, net.classes)

@@ -1,0 +1,221 @@
+"""Train or test a method by name, from the data to the record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metautils import data, methods, results
+from metautils.checkpoint import CHECKPOINT, load_weights
+from metautils.data.bank import ClassBank, Parts
+from metautils.evaluate import evaluate
+from metautils.files import DataError
+from metautils.learners.base import Learner, Method, Preset, Problem
+from metautils.learners.baseline import Baseline
+from metautils.learners.protonet import ProtoNet
+from metautils.sampling import EpisodeSampler
+from metautils.train import meta_train
+
+QUERIES = 15
+DRAWN = ("glyphs", "omniglot")  # a drawing turned by 90 degrees is a new character; a photo is not
+RECORD = "record.json"
+
+
+def train(
+    name: str,
+    source: str,
+    out: Path,
+    *,
+    preset: str = "quick",
+    split: str = "random",
+    seed: int = 0,
+    transductive: bool = True,
+    device: str | torch.device = "cpu",
+    validation_episodes: int = 100,
+    **changed: int | None,
+) -> dict[str, Any]:
+    """Train a method, test it, and write `record.json`; the same call goes on if interrupted.
+
+    Args:
+        name: of the method, see `metautils.methods.find`.
+        source: of the images, see `metautils.data.load`.
+        out: folder for checkpoint and record.
+        preset: "quick" or "full".
+        split: of Omniglot.
+        seed: of the split, the weights and the episodes.
+        transductive: whether queries may be normalised by one another.
+        device: where to train.
+        validation_episodes: of each validation.
+        changed: numbers of the preset to replace, such as `ways=10`; None leaves it.
+
+    Returns:
+        The record.
+
+    Raises:
+        DataError: if the data cannot be had.
+        ValueError: if they are too few for the method.
+    """
+    method, made_by = methods.find(name), results.provenance(torch.device(device))
+    parts = data.load(source, seed, split)
+    for part, bank in zip(Parts._fields, parts, strict=True):
+        if not len(bank):
+            raise ValueError(f"{source} leaves no class for {part}: choose a set with more.")
+    told = _preset(method.presets[preset], changed, len(parts.train))
+    rotations = method.rotations if source in DRAWN else "none"
+    asked = method.tests(told.ways, told.shots)
+    _settings(_rotated(parts.test, rotations), asked)  # told before the training, not after it
+    banks = [_rotated(bank, rotations).to(device) for bank in parts[:2]]
+    learner = _learner(method, banks[0], told.ways, transductive, len(banks[0]), seed).to(device)
+    episodes, choose = _samplers(method, told, banks, rotations == "episode", seed)
+    history = meta_train(
+        learner, episodes, told.steps, told.lr, choose, validation_episodes,
+        every=max(250, told.steps // 24), out=out, clip=told.clip,
+    )  # fmt: skip
+    record = {
+        "method": name,
+        "learner": learner.extra_repr(),
+        "data": source,
+        "tested_on": source,
+        "split": split if source == "omniglot" else "classes",
+        "classes": dict(zip(Parts._fields, map(len, parts), strict=True)),
+        "rotations": rotations,
+        "seed": seed,
+        "steps": told.steps,
+        "train": {
+            **{key: getattr(told, key) for key in ("ways", "shots", "queries", "tasks")},
+            "transductive": learner.transductive,
+        },
+        **_test(learner, parts.test, rotations, told.episodes, device, asked),
+        "minutes": round(history.seconds / 60, 2),
+        "preset": preset,
+        **made_by,
+    }
+    results.write(record, out / RECORD)
+    return record
+
+
+def evaluate_again(
+    run: Path,
+    *,
+    source: str | None = None,
+    split: str | None = None,
+    rotations: str = "none",
+    transductive: bool = True,
+    device: str | torch.device = "cpu",
+) -> Path:
+    """Score a trained checkpoint anew, on its own test classes or on another set.
+
+    Args:
+        run: folder of a training.
+        source: another set of images.
+        split: of Omniglot.
+        rotations: of drawings: "none", all four as "classes", or one a class and "episode".
+        transductive: as in `train`.
+        device: where to test.
+
+    Returns:
+        Where the new record lies, in `run`.
+    """
+    path = run / RECORD
+    if not path.exists():
+        raise DataError(f"{path} does not exist: train with --out {run} first.")
+    record = json.loads(path.read_text())
+    method, trained = methods.find(record["method"]), record["train"]
+    source, split = source or record["data"], split or record["split"]
+    parts = data.load(source, record["seed"], split if source == "omniglot" else "random")
+    helped = transductive and trained.get("transductive", True)
+    classes = record["classes"]["train"] * (4 if record["rotations"] == "classes" else 1)
+    learner = _learner(method, parts.test, trained["ways"], helped, classes, record["seed"])
+    learner = learner.to(device)
+    load_weights(learner, run / CHECKPOINT)
+    episodes = method.presets[record["preset"]].episodes
+    asked = method.tests(trained["ways"], trained["shots"])
+    record |= {
+        "learner": learner.extra_repr(),
+        "tested_on": f"{source}, {split} split" if source == "omniglot" else source,
+        "classes": record["classes"] | {"test": len(parts.test)},
+        **_test(learner, parts.test, rotations, episodes, device, asked),
+    }
+    how = "" if transductive else "-inductive"
+    out = run / f"record-{Path(source).name}-{rotations}{how}.json"
+    results.write(record, out)
+    return out
+
+
+def _preset(preset: Preset, changed: dict[str, int | None], classes: int) -> Preset:
+    """The preset with the numbers asked for, and no more ways than there are classes."""
+    preset = replace(preset, ways=min(preset.ways, classes))
+    return replace(preset, **{name: x for name, x in changed.items() if x is not None})
+
+
+def _learner(
+    method: Method, bank: ClassBank, ways: int, transductive: bool, classes: int, seed: int
+) -> Learner:
+    torch.manual_seed(seed)
+    return method.make(Problem(bank.images.shape[1:], ways, classes, transductive))
+
+
+def _samplers(
+    method: Method, preset: Preset, banks: list[ClassBank], turned: bool, seed: int
+) -> list[EpisodeSampler]:
+    """Episodes to learn from, and those of validation classes to choose the weights on."""
+    most = 20 if method.any_ways else preset.ways
+    sizes = (preset.ways, preset.tasks), (min(most, len(banks[1])), min(preset.tasks, 10))
+    return [
+        EpisodeSampler(bank, ways, preset.shots, preset.queries, tasks, turned, seed)
+        for bank, (ways, tasks) in zip(banks, sizes, strict=True)
+    ]
+
+
+def _rotated(bank: ClassBank, rotations: str) -> ClassBank:
+    return bank.with_rotations() if rotations == "classes" else bank
+
+
+def _settings(bank: ClassBank, asked: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """What was asked for, as far as the bank can fill it; all its classes where there are few."""
+    fewest, shots = int(bank.counts.min()), sorted({k for _, k in asked})
+    known = [(n, k) for n, k in asked if n <= len(bank)]
+    if len(asked) > 1:
+        known = known or [(len(bank), k) for k in shots]
+    settings = [(n, k) for n, k in known if k < fewest]
+    if len(bank) < 2 or not settings:
+        ways = asked[0][0] if len(asked) == 1 else 2
+        raise ValueError(
+            f"Testing needs {ways} classes of {shots[0] + 1} images or more; there are "
+            f"{len(bank)}, the smallest of {fewest}: give more classes or images."
+        )
+    return settings
+
+
+def _test(
+    learner: Learner,
+    bank: ClassBank,
+    rotations: str,
+    episodes: int,
+    device: str | torch.device,
+    asked: tuple[tuple[int, int], ...],
+) -> dict[str, list[dict[str, Any]]]:
+    """Evaluations of the learner, and of class means in raw pixels on the same episodes."""
+    bank = _rotated(bank, rotations).to(device)
+    settings = _settings(bank, asked)
+    queries = min(QUERIES, int(bank.counts.min()) - max(k for _, k in settings))
+    # Features cannot be turned, so a test that turns images embeds them anew in every task.
+    once = isinstance(learner, Baseline) and rotations != "episode"
+    trained = learner.on_features(bank) if once else (learner, bank)
+    rows = {}
+    for name, (each, images) in {
+        "evaluations": trained,
+        "baseline": (ProtoNet(nn.Flatten()), bank),
+    }.items():
+        print("trained" if name == "evaluations" else "class means in pixels, for comparison")
+        scores = evaluate(
+            each, images, settings, queries, episodes, rotations == "episode", progress=True
+        )
+        print(*(f"  {score}" for score in scores), sep="\n")
+        rows[name] = results.evaluation_rows(scores, rotations)
+    return rows
