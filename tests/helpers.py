@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import os
 import shutil
 import zipfile
@@ -261,6 +262,79 @@ def stop_in(learner: Learner, call: int) -> None:
             yield piece
 
     learner.pieces = stopped
+
+
+STEPS, EVERY = 20, 5
+LENGTH = {"steps": STEPS, "every": EVERY, "validation_episodes": 6, "progress": False}
+
+
+def source(
+    seed: int = 0,
+    ways: int = 3,
+    shots: int = 1,
+    queries: int = 2,
+    tasks: int = 2,
+    rotate: bool = False,
+    bank_seed: int = 0,
+) -> EpisodeSampler:
+    """What `run` trains on."""
+    return EpisodeSampler(blobs(seed=bank_seed), ways, shots, queries, tasks, rotate, seed)
+
+
+def judge() -> EpisodeSampler:
+    """What `run` validates on."""
+    return EpisodeSampler(blobs(seed=9), 3, 1, 2, seed=5)
+
+
+def run(
+    out: Path | None = None,
+    learner: Learner | None = None,
+    scramble: int | None = None,
+    **changed,
+) -> tuple[Learner, History]:
+    """A short training with dropout, which draws from the global generator."""
+    learner = learner or tiny(dropout=0.2)
+    if scramble is not None:
+        torch.manual_seed(scramble)
+    history = meta_train(learner, source(), validation=judge(), out=out, **(LENGTH | changed))
+    return learner, history
+
+
+class Scripted(ProtoNet):
+    """At the given step something happens to its loss."""
+
+    def __init__(self, at: int, what: Callable[[Learner, Tensor], Tensor]) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(16, 8)))
+        self.spare = nn.Parameter(torch.zeros(2))
+        self.at, self.what, self.calls, self.at_once = at, what, 0, None
+
+    def pieces(self, episode: Episode) -> Iterator:
+        return in_parts(super().pieces, episode, self.at_once)
+
+    def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
+        loss = super().loss(predictions, query_y)
+        self.calls += 1
+        return self.what(self, loss) if self.calls == self.at else loss
+
+
+def in_parts(
+    pieces: Callable[[Episode], Iterator], episode: Episode, tasks: int | None
+) -> Iterator:
+    """The pieces of an episode, of at most so many tasks each, that add up to its meta-loss."""
+    for part in episode.parts(tasks):
+        for loss, *rest in pieces(part):
+            yield loss * (part.tasks / episode.tasks), *rest
+
+
+def interrupt(learner: Learner, loss: Tensor) -> Tensor:
+    """What happens to a `Scripted` learner: Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def nan(learner: Learner, loss: Tensor) -> Tensor:
+    """What happens to a `Scripted` learner: its loss is no number."""
+    return loss * math.nan
 
 
 def meta_loss(learner: Learner, episode: Episode) -> Tensor:
