@@ -2,13 +2,16 @@
 
 import copy
 import hashlib
+import json
 import math
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +19,11 @@ from markdown_it import MarkdownIt
 from torch import Tensor, nn
 
 from metautils.checkpoint import CHECKPOINT
-from metautils.data.bank import ClassBank
+from metautils.data.bank import ClassBank, Parts, split_classes
 from metautils.episode import Episode
 from metautils.evaluate import evaluate
 from metautils.files import DataError, cache_folder, load_safely
-from metautils.learners.base import Learner
+from metautils.learners.base import Learner, Preset
 from metautils.learners.protonet import ProtoNet
 from metautils.nets import classifier
 from metautils.sampling import EpisodeSampler
@@ -421,3 +424,73 @@ def slope_error(value: Callable[[], Tensor], leaves: Sequence[Tensor]) -> float:
             break
     at(start)
     return best
+
+
+def quick_preset(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """The quick preset of every method: steps, ways, shots, queries and test episodes.
+
+    Those that adapt take two tasks at a time.
+    """
+    from metautils import methods
+
+    steps, ways, shots, queries, episodes = numbers
+    for name, method in methods.known().items():
+        tasks = 1 if method.any_ways else 2
+        quick = Preset(steps, ways, shots, queries, tasks, episodes)
+        monkeypatch.setitem(methods.known(), name, replace(method, presets={"quick": quick}))
+
+
+def small_glyphs(seed: int = 0) -> Parts:
+    """A set in place of the glyphs, ready at once."""
+    return split_classes(blobs(classes=14, images=8, size=16, seed=seed), (6, 3, 5))
+
+
+def train(out: Path, *more: object, method: str = "protonet") -> int:
+    """`python -m metautils train` on the CPU; its exit status."""
+    from metautils import cli  # here, as it takes seconds that other tests need not wait
+
+    return cli.main(["train", method, "--out", str(out), "--device", "cpu", *map(str, more)])
+
+
+def again(out: Path, *more: object) -> int:
+    """`python -m metautils evaluate` on the CPU; its exit status."""
+    from metautils import cli  # here, as it takes seconds that other tests need not wait
+
+    return cli.main(["evaluate", str(out), "--device", "cpu", *map(str, more)])
+
+
+def read_json(path: Path) -> Any:
+    """What a record holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+OWN_METHOD = """
+from torch import nn
+
+from metautils.learners.base import Method, Preset
+from metautils.learners.protonet import ProtoNet
+
+
+class Mine(ProtoNet):
+    def __init__(self, pixels):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(pixels, pixels)))
+        nn.init.eye_(self.embed[1].weight)
+        nn.init.zeros_(self.embed[1].bias)
+
+
+METHODS = {
+    "mine": Method(
+        "Nearest mean",
+        lambda problem: Mine(problem.image.numel()),
+        {"quick": Preset(3, 4, 1, 2, episodes=3)},
+        any_ways=True,
+    )
+}
+"""
+
+
+def own_method(folder: Path) -> Path:
+    """A file with a method of the reader's own."""
+    path = folder / "mine.py"
+    path.write_text(OWN_METHOD)
+    return path
