@@ -10,11 +10,15 @@ import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
+
+if TYPE_CHECKING:
+    from metautils.data.labelled import Split
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,3 +123,19 @@ def many_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / f"class{k:02d}" / f"{n}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of ten images: 18 to learn from, 6 for validation, 6 for the test."""
+    from helpers import paint
+
+    return paint(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="session")
+def split(photos: Path) -> Split:
+    """The three parts of `photos`."""
+    from metautils.data import labelled
+
+    return labelled.load(photos)

@@ -13,12 +13,15 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from markdown_it import MarkdownIt
+from PIL import Image
 from torch import Tensor, nn
 
 from metautils.checkpoint import CHECKPOINT
+from metautils.data import folder
 from metautils.data.bank import ClassBank, Parts, split_classes
 from metautils.episode import Episode
 from metautils.evaluate import evaluate
@@ -489,8 +492,78 @@ METHODS = {
 """
 
 
-def own_method(folder: Path) -> Path:
+def own_method(where: Path) -> Path:
     """A file with a method of the reader's own."""
-    path = folder / "mine.py"
+    path = where / "mine.py"
     path.write_text(OWN_METHOD)
     return path
+
+
+COLOURS = {"blue": (40, 60, 210), "green": (50, 190, 60), "red": (220, 50, 40)}
+
+
+def paint(root: Path, images: int = 10, names: Iterable[str] = COLOURS, seed: int = 0) -> Path:
+    """A folder of noisy images, the classes of which differ in their colour."""
+    random = np.random.default_rng(seed)
+    for name, colour in zip(names, COLOURS.values(), strict=False):
+        (root / name).mkdir(parents=True)
+        for k in range(images):
+            noise = random.integers(-40, 41, (20, 24, 3))
+            Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(
+                root / name / f"{k}.png"
+            )
+    return root
+
+
+def tiny_body(features: int = 8, seed: int = 0) -> nn.Module:
+    """One convolution with batch normalisation; the global generator stays as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, features, 1), nn.BatchNorm2d(features), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def tiny_classifier(seed: int = 0, size: int = 16) -> nn.Module:
+    """A `Classifier` of the colours on a tiny body."""
+    from metautils.classifier import Classifier
+
+    torch.manual_seed(0)
+    return Classifier(tiny_body(seed=seed), tuple(COLOURS), size, 8)
+
+
+IMAGE_SIZE = 16
+RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
+
+
+def read_one(
+    tmp_path: Path, image: Image.Image, name: str = "x.png", channels: int = 3, **options
+) -> Tensor:
+    """What a folder's reader makes of one image, `(channels, IMAGE_SIZE, IMAGE_SIZE)`."""
+    path = tmp_path / "set" / "a" / name
+    path.parent.mkdir(parents=True)
+    image.save(path, **options)
+    bank = folder.bank(tmp_path / "set", IMAGE_SIZE, channels)
+    assert bank.images.dtype == torch.uint8
+    assert bank.images.shape == (1, channels, IMAGE_SIZE, IMAGE_SIZE)
+    return bank.images[0]
+
+
+def only_colour(image: Tensor) -> tuple[int, ...]:
+    """The colour of an image of one colour."""
+    values = image.flatten(1)
+    assert (values == values[:, :1]).all()
+    return tuple(values[:, 0].tolist())
+
+
+def fill(root: Path, **classes: int) -> Path:
+    """Folders with as many images of various sizes and modes as asked for."""
+    random = np.random.default_rng(0)
+    for name, images in classes.items():
+        (root / name).mkdir(parents=True)
+        for k in range(images):
+            height, width = random.integers(5, 50, 2)
+            mode = ("RGB", "L", "RGBA", "P", "1")[k % 5]
+            level = int(random.integers(256))
+            image = Image.new("L", (width, height), level).convert(mode)
+            image.save(root / name / f"{k}.png")
+    return root

@@ -13,13 +13,129 @@ from helpers import (
     same_weights,
     source,
     tiny,
+    weights_of,
 )
 from torch import nn
 
-from metautils.checkpoint import CHECKPOINT, CheckpointMismatch, load_weights
+from metautils.checkpoint import CHECKPOINT, CheckpointMismatch, Training, load_weights
 from metautils.files import DataError
 from metautils.learners.protonet import cosine
 from metautils.train import meta_train
+
+# The state of a training
+
+
+def training(path=None, seed=0, settings=None):
+    """Of a layer, by SGD with momentum, at a rate that halves after every step."""
+    torch.manual_seed(seed)
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    return Training(net, optimizer, schedule, settings or {"lr": 0.1}, path)
+
+
+def learn(t, steps):
+    """So many steps on random inputs of the global generator."""
+    for _ in range(steps):
+        t.net(torch.randn(4, 3)).square().sum().backward()
+        t.optimizer.step()
+        t.optimizer.zero_grad()
+        t.schedule.step()
+
+
+def test_training_goes_on_as_if_it_had_never_stopped(tmp_path):
+    """In weights, momentum, rate and random numbers; the notes come back as they were given."""
+    whole, path = training(), tmp_path / "new" / "x.pt"
+    learn(whole, 2)
+    whole.path = path
+    whole.save(step=2, history={"loss": [0.5, 0.25]})
+    learn(whole, 3)
+    expected = torch.rand(3)
+    resumed = training(path, seed=1)
+    torch.manual_seed(5)
+    assert resumed.resume() == {"step": 2, "history": {"loss": [0.5, 0.25]}}
+    learn(resumed, 3)
+    assert same_weights(resumed.net.state_dict(), whole.net.state_dict())
+    assert resumed.schedule.get_last_lr() == whole.schedule.get_last_lr() == [0.1 / 2**5]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_training_without_a_checkpoint_begins_anew(tmp_path):
+    assert training().resume() is None
+    assert training(tmp_path / "x.pt").resume() is None
+    training().save(step=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_best_weights_are_those_of_the_highest_merit(tmp_path):
+    """The first of equals; a merit is compared place by place. A resumed training knows them."""
+    t, seen = training(tmp_path / "x.pt"), []
+    for at, merit in enumerate([(50.0, -2.0), (50.0, -1.0), (50.0, -1.0), (40.0, 9.0)]):
+        learn(t, 1)
+        seen.append(weights_of(t.net))
+        assert t.try_out(merit, at) == (at < 2)
+    assert (t.merit, t.best_at) == ((50.0, -1.0), 1)
+    t.save()
+    other = training(tmp_path / "x.pt", seed=1)
+    assert other.resume() == {}
+    assert (other.merit, other.best_at) == ((50.0, -1.0), 1)
+    assert not other.try_out((50.0, -1.0), 9)
+    for each in (t, other):
+        assert same_weights(each.net.state_dict(), seen[3])
+        each.finish()
+        assert same_weights(each.net.state_dict(), seen[1])
+
+
+def test_training_that_was_never_tried_ends_as_it_began():
+    t = training()
+    before = weights_of(t.net)
+    learn(t, 2)
+    t.finish()
+    assert same_weights(t.net.state_dict(), before)
+
+
+def test_gradients_of_an_interruption_are_dropped():
+    t = training()
+    t.net(torch.ones(1, 3)).sum().backward()
+    again = Training(t.net, t.optimizer, t.schedule, {})
+    assert all(p.grad is None for p in again.net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"lr": 0.2}, "lr=0.1, not 0.2"),
+        ({"lr": 0.1, "more": None, "clip": 1.0}, "clip=None, not 1.0"),
+        ({}, "lr=0.1, not None"),
+    ],
+)
+def test_settings_are_compared_one_by_one(tmp_path, settings, told):
+    training(tmp_path / "x.pt").save()
+    other = training(tmp_path / "x.pt")
+    other.settings = settings
+    with pytest.raises(CheckpointMismatch, match=f"was made with {told}: give the same settings"):
+        other.resume()
+
+
+def test_difference_inside_a_setting_is_named_alone(tmp_path):
+    """One file among many is told, not all that there are."""
+    files = {f"red/{k}.png": f"hash {k}" for k in range(500)}
+    training(tmp_path / "x.pt", settings={"train": files}).save()
+    other = training(tmp_path / "x.pt", settings={"train": files | {"red/77.png": "new"}})
+    with pytest.raises(CheckpointMismatch, match=r"train\.red/77\.png=hash 77, not new") as caught:
+        other.resume()
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_training_that_failed_tells_what_stays(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"^It broke, so training stopped\. Rest\.$"):
+        training().stop("It broke", "Rest.")
+    sentence = r"^It broke, so training stopped\. The last good checkpoint stays in .*x\.pt\. Rest"
+    with pytest.raises(FloatingPointError, match=sentence):
+        training(tmp_path / "x.pt").stop("It broke", "Rest.")
+
+
+# Resuming a meta-training
 
 
 def stopped(tmp_path):
