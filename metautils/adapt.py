@@ -28,6 +28,12 @@ class Adapted:
         buffers: by name; what a call changes in them stays here, with this task.
         state: what the optimiser remembers.
         k: how many inner steps were made.
+
+    Example:
+        >>> net, x = nn.Linear(2, 1), torch.rand(3, 2)
+        >>> f = Adapted(net, {name: 2 * p for name, p in net.named_parameters()}, buffers={})
+        >>> torch.allclose(f(x), 2 * net(x))
+        True
     """
 
     def __init__(
@@ -56,7 +62,18 @@ class Adapted:
 
 
 class Optimizer(Protocol):
-    """What makes an inner step of a gradient: `SGD`, `Adam`, or an optimiser that was learned."""
+    """What makes an inner step of a gradient: `SGD`, `Adam`, or an optimiser that was learned.
+
+    Example:
+        >>> class Signs:
+        ...     def step(self, phi, gradients, state, k, loss):
+        ...         new = {name: p - 0.1 * gradients[name].sign() for name, p in phi.items()}
+        ...         return new, state
+        >>> net, x = nn.Linear(2, 1, bias=False), torch.ones(3, 2)
+        >>> f = adapt(net, lambda f: f(x).mean(), Signs())
+        >>> torch.allclose(f.parameters["weight"], net.weight - 0.1)
+        True
+    """
 
     def step(
         self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
@@ -83,6 +100,12 @@ class SGD:
 
     Raises:
         ValueError: if a rate that is not learned is 0 or below, or momentum is out of range.
+
+    Example:
+        >>> net, x = nn.Linear(2, 1, bias=False), torch.ones(3, 2)  # the gradient of f(x) is 1
+        >>> f = adapt(net, lambda f: f(x).mean(), SGD(lr=0.5), steps=3)
+        >>> torch.allclose(f.parameters["weight"], net.weight - 3 * 0.5)
+        True
     """
 
     def __init__(self, lr: Rate | Sequence[Rate], momentum: float = 0.0) -> None:
@@ -110,6 +133,12 @@ class Adam:
 
     Raises:
         ValueError: if a rate that is not learned is 0 or below, or a beta is out of range.
+
+    Example:
+        >>> net, x = nn.Linear(2, 1, bias=False), torch.ones(3, 2)
+        >>> f = adapt(net, lambda f: 9 * f(x).mean(), Adam(lr=0.5), steps=3)
+        >>> torch.allclose(f.parameters["weight"], net.weight - 3 * 0.5)  # of any gradient's size
+        True
     """
 
     def __init__(

@@ -33,6 +33,14 @@ class Classifier(nn.Sequential):
         features: numbers that the body gives for an image.
         classes: their names, a label is a place in this list.
         size: height and width of the images, pixels.
+
+    Example:
+        >>> body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> net = Classifier(body, ["ant", "bee"], size=32, features=3)
+        >>> net(torch.rand(4, 3, 32, 32)).shape
+        torch.Size([4, 2])
+        >>> sorted(net.classify(Image.new("RGB", (40, 30))))
+        ['ant', 'bee']
     """
 
     def __init__(
@@ -148,6 +156,15 @@ class Tested:
         labels: the true classes, `(n,)` int64.
         files: of the images.
         classes: their names.
+
+    Example:
+        >>> chances = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+        >>> files = ("0.png", "1.png", "2.png")
+        >>> tested = Tested(chances, torch.tensor([0, 1, 1]), files, ("ant", "bee"))
+        >>> print(tested)
+        66.7 % of 3 test images, 95 % interval 20.8 to 93.9
+        >>> tested.worst()
+        [1]
     """
 
     chances: Tensor

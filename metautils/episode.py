@@ -27,6 +27,14 @@ class Episode:
 
     Raises:
         ValueError: if the shapes contradict each other or a label is out of range.
+
+    Example:
+        >>> support_x, support_y = torch.rand(2, 5, 1, 28, 28), torch.arange(5).expand(2, 5)
+        >>> query_x, query_y = torch.rand(2, 10, 1, 28, 28), torch.arange(5).repeat(2, 2)
+        >>> classes = torch.randint(100, (2, 5))
+        >>> episode = Episode(support_x, support_y, query_x, query_y, classes)
+        >>> episode.tasks, episode.ways
+        (2, 5)
     """
 
     support_x: Tensor

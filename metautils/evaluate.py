@@ -60,6 +60,10 @@ class Evaluation:
         ways, shots, queries: of the episodes; queries are per class.
         per_episode: `(episodes,)`, percent of each episode's queries classified rightly.
         transductive: whether the queries of a task helped one another.
+
+    Example:
+        >>> print(Evaluation(5, 1, 15, torch.tensor([60.0, 80.0, 70.0])))
+        5-way 1-shot: 70.00 ± 11.32 %
     """
 
     ways: int

@@ -50,6 +50,11 @@ class Recipe:
             no such pull.
         mirror: turn half of the training images left to right; wrong for letters and digits.
         seed: of the head, the order of the images and their crops.
+
+    Example:
+        >>> recipe = Recipe(size=64, mirror=False)
+        >>> recipe.size, recipe.epochs
+        (64, 15)
     """
 
     size: int = 224

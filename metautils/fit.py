@@ -23,7 +23,14 @@ from metautils.precision import fast_autocast
 
 @dataclass(frozen=True)
 class Epoch:
-    """A row of a training's table; losses without penalty, accuracies in percent."""
+    """A row of a training's table; losses without penalty, accuracies in percent.
+
+    Example:
+        >>> print(HEADS)
+        epoch  train loss   accuracy  valid. loss  accuracy  seconds
+        >>> print(Epoch(1, 0.5, 80.0, 0.75, 70.0, 2.5))
+            1      0.5000     80.0 %      0.7500     70.0 %      2.5
+    """
 
     number: int
     train_loss: float

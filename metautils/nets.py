@@ -26,6 +26,11 @@ class BatchNorm(nn.Module):
 
     Shapes:
         `(n, channels, h, w)` to the same.
+
+    Example:
+        >>> x = BatchNorm(4)(torch.rand(8, 4, 5, 5))
+        >>> x.shape, bool(x.mean((0, 2, 3)).abs().max() < 1e-5)
+        (torch.Size([8, 4, 5, 5]), True)
     """
 
     def __init__(self, channels: int) -> None:
@@ -75,6 +80,12 @@ class Conv4(nn.Module):
 
     Raises:
         ValueError: if pools is not 0 to 4.
+
+    Example:
+        >>> Conv4()(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 64])
+        >>> Conv4(channels=3, strided=True)(torch.rand(2, 3, 84, 84)).shape
+        torch.Size([2, 64])
     """
 
     def __init__(

@@ -105,6 +105,11 @@ class Prepared(nn.Module):
     Args:
         net: takes images normalised by the mean and deviation of ImageNet.
         size: height and width that images are scaled to, pixels; None for as they are.
+
+    Example:
+        >>> net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> Prepared(net, size=64)(torch.rand(4, 1, 28, 28)).shape  # grey becomes three channels
+        torch.Size([4, 3])
     """
 
     def __init__(self, net: nn.Module, size: int | None = None) -> None:

@@ -31,6 +31,12 @@ class EpisodeSampler:
     Raises:
         ValueError: if the bank has fewer classes than `ways`, a class has fewer images than
             `shots + queries`, a number is not positive, or `rotate` meets images not square.
+
+    Example:
+        >>> bank = ClassBank(torch.rand(60, 1, 8, 8), torch.full((6,), 10), tuple("abcdef"))
+        >>> episode = EpisodeSampler(bank, ways=5, shots=1, queries=3, tasks=2).sample()
+        >>> episode.support_x.shape, episode.query_y.shape
+        (torch.Size([2, 5, 1, 8, 8]), torch.Size([2, 15]))
     """
 
     def __init__(

@@ -31,6 +31,13 @@ class Shown:
         drawings: the same as SVG, for the site.
         alts: what a reader who cannot see the frames needs to know.
         labels: of the places of a slider, if there is one.
+
+    Example:
+        >>> file = io.BytesIO()
+        >>> Image.new("RGB", (6, 4)).save(file, format="png")
+        >>> data, _ = Shown([file.getvalue()], ["<svg/>"], ["A black field."])._repr_mimebundle_()
+        >>> sorted(data)
+        ['application/vnd.metautils.site', 'image/png', 'text/html', 'text/plain']
     """
 
     pictures: Sequence[bytes]

@@ -32,6 +32,11 @@ class History:
         accuracy: of every step's queries, percent; empty in regression.
         validation: (step, percent on the validation episodes), one for each validation.
         seconds: spent in training and validation, over all resumptions.
+
+    Example:
+        >>> history = History(loss=[1.5, 0.5], accuracy=[40.0, 80.0])
+        >>> history.loss[-1], history.validation
+        (0.5, [])
     """
 
     loss: list[float] = field(default_factory=list)

@@ -33,6 +33,12 @@ class ClassBank:
 
     Raises:
         ValueError: if counts, names and images contradict each other, or a class is empty.
+
+    Example:
+        >>> images = [torch.zeros(3, 1, 28, 28), torch.ones(2, 1, 28, 28)]
+        >>> bank = ClassBank.from_classes(images, names=["blank", "full"])
+        >>> len(bank), bank.images.shape, bank[1].shape
+        (2, torch.Size([5, 1, 28, 28]), torch.Size([2, 1, 28, 28]))
     """
 
     images: Tensor
@@ -118,7 +124,14 @@ class ClassBank:
 
 
 class Parts(NamedTuple):
-    """Disjoint classes to learn from, to choose a model on, and to report on."""
+    """Disjoint classes to learn from, to choose a model on, and to report on.
+
+    Example:
+        >>> bank = ClassBank.from_classes([torch.rand(3, 1, 28, 28)] * 5, names="abcde")
+        >>> parts = split_classes(bank, (3, 1, 1))
+        >>> len(parts.train), len(parts.validation), len(parts.test)
+        (3, 1, 1)
+    """
 
     train: ClassBank
     validation: ClassBank

@@ -52,6 +52,12 @@ class Path(NamedTuple):
     """Moves of a pen from vertex to vertex: of a stroke, a character, or a batch of characters.
 
     Each part has one row per vertex; bow and down tell of the move that leaves it.
+
+    Example:
+        >>> down = torch.tensor([True, True, False])  # two moves, of which the second is an arc
+        >>> corner = Path(torch.rand(3, 2), torch.zeros(3), torch.tensor([0.0, 1.0, 0.0]), down)
+        >>> corner.vertices.shape
+        torch.Size([3, 2])
     """
 
     vertices: Tensor  # (..., vertices, 2) places on the page
@@ -61,7 +67,13 @@ class Path(NamedTuple):
 
 
 class Style(NamedTuple):
-    """What the characters of one alphabet have in common."""
+    """What the characters of one alphabet have in common.
+
+    Example:
+        >>> style = _style(torch.Generator().manual_seed(0))
+        >>> style.anchors.shape, len(style.stock)
+        (torch.Size([15, 2]), 6)
+    """
 
     anchors: Tensor  # (anchors, 2) where strokes begin, turn and end
     liking: Tensor  # (anchors,) how often each is visited

@@ -35,6 +35,18 @@ class Images(ImageFolder):
 
     Raises:
         DataError: if there are fewer than two classes, or a class is empty.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> root = Path(folder.name)
+        >>> for name in ("ant", "bee"):
+        ...     (root / name).mkdir()
+        ...     Image.new("RGB", (8, 6)).save(root / name / "0.png")
+        >>> images = Images(root)
+        >>> images.classes, images.targets, images[0][0].size
+        (['ant', 'bee'], [0, 1], (8, 6))
+        >>> folder.cleanup()
     """
 
     def __init__(self, root: Path) -> None:
@@ -80,6 +92,10 @@ class Split(NamedTuple):
 
     Learn from `train`, choose the epoch by `validation`, report on `test`, once. `notes` has a
     sentence on each file that is read in another way than it was written.
+
+    Example:
+        >>> Split._fields
+        ('train', 'validation', 'test', 'notes')
     """
 
     train: Images

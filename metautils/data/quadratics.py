@@ -29,6 +29,11 @@ class QuadraticSampler:
 
     Raises:
         ValueError: if dimensions or tasks is below 1, or spread below 0.
+
+    Example:
+        >>> episode = QuadraticSampler(dimensions=10, tasks=4).sample()
+        >>> episode.support_x.shape, episode.support_y.shape
+        (torch.Size([4, 10, 10]), torch.Size([4, 10, 1]))
     """
 
     def __init__(

@@ -23,6 +23,11 @@ class Family:
         ranges: (lowest, highest) of each parameter of a function, drawn uniformly.
         function: inputs `(tasks, n, inputs)` and parameters `(tasks, 1)` each to `(tasks, n)`.
         domain: (lowest, highest) of each input, drawn uniformly.
+
+    Example:
+        >>> steep = Family("steep", 1, ((2.0, 4.0),), lambda x, a: a * x[..., 0])
+        >>> steep.function(torch.ones(2, 5, 1), torch.tensor([[2.0], [3.0]])).shape
+        torch.Size([2, 5])
     """
 
     name: str
@@ -57,6 +62,11 @@ class RegressionSampler:
 
     Raises:
         ValueError: if a number is not positive.
+
+    Example:
+        >>> episode = RegressionSampler(SINUSOIDS, shots=5, queries=10, tasks=4).sample()
+        >>> episode.support_x.shape, episode.query_y.shape
+        (torch.Size([4, 5, 1]), torch.Size([4, 10, 1]))
     """
 
     def __init__(

@@ -14,6 +14,14 @@ class ANIL(MAML):
     Args:
         net: with a submodule named `head`, as `metautils.nets.classifier` makes it.
         lr, steps, options: as in `MAML`.
+
+    Example:
+        >>> import torch
+        >>> from metautils.nets import mlp
+        >>> learner = ANIL(mlp(inputs=4, outputs=5), steps=3)
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
     """
 
     def __init__(self, net: nn.Module, lr: float = 0.4, steps: int = 1, **options: object) -> None:

@@ -72,6 +72,11 @@ class Problem:
         ways: classes in a task.
         classes: number of training classes.
         transductive: whether the queries of a task may be normalised by one another.
+
+    Example:
+        >>> problem = Problem(Size([1, 28, 28]), ways=5, classes=64)
+        >>> problem.image.numel(), problem.transductive
+        (784, True)
     """
 
     image: Size
@@ -91,6 +96,11 @@ class Preset:
         episodes: of the test.
         lr: of Adam at the start.
         clip: of meta-gradients, see `meta_train`.
+
+    Example:
+        >>> preset = Preset(steps=200, ways=20, shots=1, queries=5)
+        >>> preset.tasks, preset.episodes
+        (1, 600)
     """
 
     steps: int
@@ -115,6 +125,12 @@ class Method:
             `"episode"`.
         any_ways: can be tested with other ways than it was trained with.
         any_shots: can be tested with other shots than it was trained with.
+
+    Example:
+        >>> presets = {"quick": Preset(steps=200, ways=20, shots=1, queries=5)}
+        >>> method = Method("Mine", lambda problem: Learner(), presets, any_ways=True)
+        >>> method.tests(ways=20, shots=1)
+        ((5, 1), (20, 1))
     """
 
     title: str

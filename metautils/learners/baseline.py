@@ -30,6 +30,10 @@ class CosineHead(nn.Linear):
         features: numbers that the body gives for an image.
         classes: rows of weights, one for each class.
         scale: factor, above 0.
+
+    Example:
+        >>> CosineHead(features=8, classes=5)(torch.rand(3, 8)).shape
+        torch.Size([3, 5])
     """
 
     def __init__(self, features: int, classes: int, scale: float = SCALE) -> None:
@@ -105,6 +109,12 @@ class Baseline(Learner):
             used in tasks.
         fit: how a task's queries are answered from its support set, on features:
             `nearest_centroid`, `linear_head` (Baseline) or `cosine_head` (Baseline++).
+
+    Example:
+        >>> learner = Baseline(nn.Linear(4, 8), head=nn.Linear(8, 64), fit=cosine_head)
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
     """
 
     def __init__(self, embed: nn.Module, head: nn.Module, fit: Fit = linear_head) -> None:

@@ -23,6 +23,11 @@ class LSTMCell(nn.Module):
 
     Shapes:
         x `(inputs, n)`, h and c `(hidden, n)`, None at the first step; returns the new h and c.
+
+    Example:
+        >>> h, c = LSTMCell(inputs=2, hidden=20)(torch.rand(2, 7), None, None)
+        >>> h.shape, c.shape
+        (torch.Size([20, 7]), torch.Size([20, 7]))
     """
 
     def __init__(self, inputs: int, hidden: int) -> None:
@@ -53,6 +58,12 @@ class LSTMOptimizer(nn.Module):
 
     Raises:
         ValueError: if hidden or scale is not above 0.
+
+    Example:
+        >>> phi, gradients = {"w": torch.rand(3, 2)}, {"w": torch.rand(3, 2)}
+        >>> new, state = LSTMOptimizer(hidden=8).step(phi, gradients, {}, 0, torch.tensor(1.0))
+        >>> new["w"].shape, state["h1"].shape
+        (torch.Size([3, 2]), torch.Size([8, 6]))
     """
 
     def __init__(self, hidden: int = 20, scale: float = 0.1) -> None:
@@ -93,6 +104,12 @@ class FromScratch(Learner):
 
     Raises:
         ValueError: if a number is below 1.
+
+    Example:
+        >>> learner = FromScratch(lambda: nn.Linear(2, 1), LSTMOptimizer(), steps=3)
+        >>> x, y = torch.rand(4, 10, 2), torch.rand(4, 10, 1)
+        >>> learner(x, y, torch.rand(4, 7, 2)).shape, learner.losses(x, y).shape
+        (torch.Size([4, 7, 1]), torch.Size([4, 4]))
     """
 
     def __init__(
@@ -179,6 +196,10 @@ class Copies(nn.Module):
 
     Args:
         nets: without buffers.
+
+    Example:
+        >>> Copies([nn.Linear(2, 1) for _ in range(3)])(torch.rand(3, 10, 2)).shape
+        torch.Size([3, 10, 1])
     """
 
     def __init__(self, nets: list[nn.Module]) -> None:

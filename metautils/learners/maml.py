@@ -35,6 +35,13 @@ class MAML(Learner):
     Raises:
         ValueError: if the net has no parameter, keeps running statistics, or a number is out of
             range.
+
+    Example:
+        >>> from metautils.nets import mlp
+        >>> learner = MAML(mlp(inputs=4, outputs=5), lr=0.1, steps=3)
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
     """
 
     keeps_statistics = False
@@ -146,7 +153,15 @@ class MAML(Learner):
 
 
 class FOMAML(MAML):
-    """MAML without second derivatives: the query gradient at phi moves theta (section 5.2)."""
+    """MAML without second derivatives: the query gradient at phi moves theta (section 5.2).
+
+    Example:
+        >>> from metautils.nets import mlp
+        >>> learner = FOMAML(mlp(inputs=4, outputs=5), lr=0.1)
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
+    """
 
     def __init__(self, net: nn.Module, lr: float = 0.4, steps: int = 1, **options: object) -> None:
         super().__init__(net, lr, steps, first_order=True, **options)

@@ -22,6 +22,12 @@ class MatchingNet(Learner):
 
     Raises:
         ValueError: if scale is not above 0.
+
+    Example:
+        >>> learner = MatchingNet(nn.Linear(4, 8), scale=10.0)
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
     """
 
     def __init__(self, embed: nn.Module, scale: float = 1.0) -> None:

@@ -30,6 +30,12 @@ class MetaLSTMCell(nn.Module):
 
     Args:
         hidden: units of the ordinary LSTM below, which sees gradients and loss.
+
+    Example:
+        >>> phi, gradients = {"w": torch.rand(3, 2)}, {"w": torch.rand(3, 2)}
+        >>> new, state = MetaLSTMCell(hidden=8).step(phi, gradients, {}, 0, torch.tensor(1.0))
+        >>> new["w"].shape, state["f"].shape
+        (torch.Size([3, 2]), torch.Size([6]))
     """
 
     def __init__(self, hidden: int = 20) -> None:
@@ -86,6 +92,13 @@ class MetaLSTM(MAML):
     Raises:
         ValueError: as `MAML`.
         FloatingPointError: if an inner gradient is not finite; tells the step.
+
+    Example:
+        >>> from metautils.nets import mlp
+        >>> learner = MetaLSTM(mlp(inputs=4, outputs=5), steps=2)
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
     """
 
     keeps_statistics = True

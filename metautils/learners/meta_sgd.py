@@ -16,6 +16,15 @@ class MetaSGD(MAML):
     Args:
         net, steps, options: as in `MAML`.
         lr: where every rate starts; training may move it anywhere, below 0 too.
+
+    Example:
+        >>> from metautils.nets import mlp
+        >>> learner = MetaSGD(mlp(inputs=4, outputs=5))
+        >>> learner.rates[0].shape  # one rate for each of the first layer's weights
+        torch.Size([40, 4])
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
     """
 
     def __init__(self, net: nn.Module, lr: float = 0.4, steps: int = 1, **options: object) -> None:

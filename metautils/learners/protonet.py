@@ -56,6 +56,12 @@ class ProtoNet(Learner):
     Args:
         embed: f, a network `(n, ...)` to `(n, dimensions)`.
         distance: of all pairs, `(tasks, Q, d)` and `(tasks, ways, d)` to `(tasks, Q, ways)`.
+
+    Example:
+        >>> learner = ProtoNet(nn.Linear(4, 8))
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
     """
 
     def __init__(

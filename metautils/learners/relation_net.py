@@ -26,6 +26,11 @@ class RelationModule(nn.Module):
 
     Raises:
         ValueError: if the maps are smaller than 4x4.
+
+    Example:
+        >>> relate = RelationModule(channels=4, size=7)
+        >>> relate(torch.rand(2, 15, 4 * 7 * 7), torch.rand(2, 5, 4 * 7 * 7)).shape
+        torch.Size([2, 15, 5])
     """
 
     def __init__(self, channels: int = 64, size: int = 7, hidden: int = 8) -> None:
@@ -70,6 +75,12 @@ class RelationNet(Learner):
         relate: g, of all pairs, `(tasks, Q, d)` and `(tasks, ways, d)` to `(tasks, Q, ways)`.
         objective: from outputs `(n, ways)` and labels `(n,)` to a scalar: `squared_error` of
             sigmoids, as in the paper, or `task_loss`, cross-entropy without a sigmoid.
+
+    Example:
+        >>> learner = RelationNet(Conv4(width=4, pools=2), RelationModule(channels=4, size=7))
+        >>> x, y = torch.rand(2, 5, 1, 28, 28), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 15, 1, 28, 28)).shape
+        torch.Size([2, 15, 5])
     """
 
     def __init__(

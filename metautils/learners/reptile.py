@@ -21,6 +21,13 @@ class Reptile(MAML):
 
     Args:
         net, lr, steps, options: as in `MAML`.
+
+    Example:
+        >>> from metautils.nets import mlp
+        >>> learner = Reptile(mlp(inputs=4, outputs=5), steps=3)
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> learner(x, y, torch.rand(2, 10, 4)).shape
+        torch.Size([2, 10, 5])
     """
 
     def __init__(self, net: nn.Module, lr: float = 1e-3, steps: int = 8, **options: object) -> None:
