@@ -247,7 +247,7 @@ def over_tasks(
     """
     if not vectorise:
         rows = zip(*(map(_channels_last, batch) for batch in batches), strict=True)
-        return torch.stack([task(*row) for row in rows])
+        return torch.stack([task(*row) for row in rows])  # (tasks, ...)
     for name, layer in module.named_modules():
         _check_vmap(name, layer)
     return torch.vmap(task)(*batches)

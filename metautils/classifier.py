@@ -63,7 +63,7 @@ class Classifier(nn.Sequential):
         """
         picture = read_rgb(image)
         self.eval()
-        x = to_test(self.size)(picture)[None].to(self.head.weight.device)
+        x = to_test(self.size)(picture)[None].to(self.head.weight.device)  # (1, 3, size, size)
         chances = self(x)[0].softmax(0).tolist()
         ranked = sorted(zip(self.classes, chances, strict=True), key=lambda pair: -pair[1])
         return dict(ranked)
@@ -196,8 +196,8 @@ class Tested:
 
     def worst(self, count: int = 8) -> list[int]:
         """Wrong answers, by row, those first that gave the true class the least probability."""
-        truth = self.chances.gather(1, self.labels[:, None])[:, 0]
-        wrong = (self.chances.argmax(1) != self.labels).nonzero().flatten()
+        truth = self.chances.gather(1, self.labels[:, None])[:, 0]  # (n,)
+        wrong = (self.chances.argmax(1) != self.labels).nonzero().flatten()  # (wrong answers,)
         return wrong[truth[wrong].argsort(stable=True)].tolist()[:count]
 
     def __str__(self) -> str:

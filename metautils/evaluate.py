@@ -102,6 +102,7 @@ def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) 
 
     The learner is put into evaluation mode for the while.
     """
+    # (tasks, Q, outputs) to (tasks, Q * outputs) to (tasks,)
     return _per_task(learner, sampler, episodes, lambda p, y: (p - y).square().flatten(1).mean(1))
 
 
@@ -119,7 +120,7 @@ def _per_task(
         episode = sampler.sample()
         with fast_autocast(episode.query_x.device):
             predictions = learner(episode.support_x, episode.support_y, episode.query_x)
-        rows.append(score(predictions, episode.query_y))
+        rows.append(score(predictions, episode.query_y))  # (tasks,)
     learner.train(was_training)
     return torch.cat(rows)[:episodes].cpu()
 

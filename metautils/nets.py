@@ -44,10 +44,10 @@ class BatchNorm(nn.Module):
         several = x.numel() > x.shape[1]  # of a single value torch's kernel has no variance
         if self.fused and self.reference is None and several:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        var, mean = torch.var_mean(x[: self.reference], dim=(0, 2, 3), correction=0)
+        var, mean = torch.var_mean(x[: self.reference], dim=(0, 2, 3), correction=0)  # (channels,)
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        return x * scale[:, None, None] + shift[:, None, None]  # (channels, 1, 1)
 
 
 def batch_norm_mode(net: nn.Module, fused: bool, reference: int | None = None) -> None:
@@ -109,7 +109,7 @@ class Conv4(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Embed the images."""
         x = self.blocks(x)
-        return x.mean((2, 3)) if self.strided else x.flatten(1)
+        return x.mean((2, 3)) if self.strided else x.flatten(1)  # from (n, width, h, w)
 
 
 def _block(

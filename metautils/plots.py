@@ -122,9 +122,9 @@ def _png(figure: Figure) -> bytes:
 def _picture(image: Tensor) -> dict[str, Any]:
     """What `imshow` needs for one image `(channels, h, w)`: ink on white paper, or in colour."""
     if image.shape[0] == 3:
-        return {"X": image.permute(1, 2, 0).cpu().numpy()}
+        return {"X": image.permute(1, 2, 0).cpu().numpy()}  # (h, w, 3)
     most = 1 if image.is_floating_point() else 255
-    return {"X": image[0].cpu().numpy(), "cmap": "gray_r", "vmin": 0, "vmax": most}
+    return {"X": image[0].cpu().numpy(), "cmap": "gray_r", "vmin": 0, "vmax": most}  # (h, w)
 
 
 def draw_image(ax: Axes, image: Tensor, title: str = "", colour: str | None = None) -> None:
@@ -173,7 +173,7 @@ def draw_episode(
     for way in range(episode.ways):
         x = wide * way + (width - wide * episode.ways) / 2
         ax.text(x + 0.36, top + 0.05, f"class {way}", ha="center", fontsize=10)
-        members = episode.support_x[task][episode.support_y[task] == way]
+        members = episode.support_x[task][episode.support_y[task] == way]  # (shots, channels, h, w)
         for k, image in enumerate(members, 1):
             draw_tile(ax, image, (x + 0.03, top - wide * k), 0.68, COLOURS[way % len(COLOURS)])
     ax.text(0.04, 0.75 * rows + 0.08, "queries", fontsize=11)

@@ -119,8 +119,8 @@ class Prepared(nn.Module):
             torch.tensor(IMAGENET.transforms().mean),
             torch.tensor(IMAGENET.transforms().std),
         )
-        self.register_buffer("mean", mean[:, None, None], persistent=False)
-        self.register_buffer("std", std[:, None, None], persistent=False)
+        self.register_buffer("mean", mean[:, None, None], persistent=False)  # (3, 1, 1)
+        self.register_buffer("std", std[:, None, None], persistent=False)  # (3, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, 1 or 3, h, w)` in [0, 1] to what the network gives."""

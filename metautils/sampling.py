@@ -57,7 +57,7 @@ class EpisodeSampler:
             raise ValueError(
                 f"{ways} ways need {ways} classes but there are {len(bank)}: ask for fewer ways."
             )
-        short = (bank.counts < shots + queries).nonzero().flatten()
+        short = (bank.counts < shots + queries).nonzero().flatten()  # (classes that are too small,)
         if len(short):
             k = int(short[0])
             raise ValueError(
@@ -83,27 +83,33 @@ class EpisodeSampler:
     def indices(self) -> tuple[Tensor, Tensor]:
         """Draw classes `(tasks, ways)` and image rows `(tasks, ways, shots + queries)`."""
         # The first places of a random order are a draw without replacement.
-        order = self._uniform(self.tasks, len(self.bank))
-        classes = order.topk(self.ways).indices
-        counts = self.bank.counts[classes]
+        order = self._uniform(self.tasks, len(self.bank))  # (tasks, classes)
+        classes = order.topk(self.ways).indices  # (tasks, ways)
+        counts = self.bank.counts[classes]  # (tasks, ways)
+        # (tasks, ways, images of the largest class)
         order = self._uniform(self.tasks, self.ways, int(self.bank.counts.max()))
         # Places beyond a class's own images sort last, so ragged classes need no loop.
         order.masked_fill_(torch.arange(order.shape[-1]) >= counts[..., None], -1.0)
-        images = order.topk(self.shots + self.queries).indices
+        images = order.topk(self.shots + self.queries).indices  # (tasks, ways, shots + queries)
         return classes, self.bank.starts[classes][..., None] + images
 
     def sample(self) -> Episode:
         """Draw the next episode."""
         classes, rows = self.indices()
+        # (tasks, ways, shots + queries, ...)
         x = as_float(self.bank.images[rows.to(self.bank.images.device)])
         if self.rotate:
             turns = torch.randint(4, (self.tasks, self.ways), generator=self.generator)
             for k in range(1, 4):
+                # (classes to turn, shots + queries, ...)
                 x[turns == k] = x[turns == k].rot90(k, (-2, -1))
+        # (ways, 1) to (tasks, ways, shots + queries)
         labels = torch.arange(self.ways, device=x.device)[:, None].expand_as(rows)
+        # (tasks, ways, shots, ...) and (tasks, ways, queries, ...)
         support_x, query_x = x.split([self.shots, self.queries], dim=2)
         support_y, query_y = labels.split([self.shots, self.queries], dim=2)
         parts = (support_x, support_y, query_x, query_y)
+        # (tasks, ways, shots, ...) to (tasks, ways * shots, ...)
         return Episode(*(part.flatten(1, 2) for part in parts), classes)
 
     def __iter__(self) -> Iterator[Episode]:

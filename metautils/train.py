@@ -162,7 +162,7 @@ class _Run:
             loss.backward()
             total += float(loss.detach())
             if episode.classes is not None:
-                right.append(predictions.argmax(-1) == targets)
+                right.append(predictions.argmax(-1) == targets)  # as the piece's targets
             if self.settings["each_piece"]:
                 self.update(total)
         if not self.settings["each_piece"]:

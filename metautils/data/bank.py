@@ -81,15 +81,16 @@ class ClassBank:
         """Tells this bank from others: of the images and of which class each belongs to."""
         found = hashlib.sha256(repr((tuple(self.images.shape), self.names)).encode())
         for x in (self.counts, self.images):
-            found.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            found.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # (bytes,)
         return found.hexdigest()[:16]
 
     def select(self, classes: Sequence[int] | Tensor) -> ClassBank:
         """The bank of the given classes only, in the given order."""
         index = torch.as_tensor(classes, dtype=torch.int64)
+        # (images,), the class of each
         owner = torch.arange(len(self)).repeat_interleave(self.counts)
-        rows = [(owner == k).nonzero().flatten() for k in index]
-        images = self.images[torch.cat([owner[:0], *rows])]
+        rows = [(owner == k).nonzero().flatten() for k in index]  # (n_k,) each
+        images = self.images[torch.cat([owner[:0], *rows])]  # (images left, ...)
         names = tuple(self.names[k] for k in index)
         attributes = None if self.attributes is None else self.attributes[index]
         return ClassBank(images, self.counts[index], names, attributes)
@@ -104,7 +105,7 @@ class ClassBank:
             raise ValueError(
                 f"Rotations need images (n, channels, size, size), not {tuple(self.images.shape)}."
             )
-        turned = [self.images.rot90(k, (-2, -1)) for k in range(4)]
+        turned = [self.images.rot90(k, (-2, -1)) for k in range(4)]  # (images, ...) each
         names = tuple(f"{name}/rot{90 * k:03d}" for k in range(4) for name in self.names)
         return ClassBank(torch.cat(turned), self.counts.repeat(4), names)
 
@@ -119,6 +120,7 @@ class ClassBank:
         Right only where an image's embedding does not depend on the task around it.
         """
         with fast_autocast(self.images.device):
+            # (batch, ...) each
             rows = [embed(as_float(x)).float() for x in self.images.split(batch)]
         return replace(self, images=torch.cat(rows))
 

@@ -60,6 +60,7 @@ def _decode(folder: Path | None) -> ClassBank:
     rows = [
         torch.from_numpy(np.stack(sorted(classes[name], key=np.ndarray.tobytes))) for name in found
     ]
+    # (600, 32, 32, 3) to (600, 3, 32, 32)
     return ClassBank.from_classes([x.permute(0, 3, 1, 2).contiguous() for x in rows], list(found))
 
 

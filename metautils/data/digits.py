@@ -17,9 +17,9 @@ def load() -> Parts:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)  # (1797, 1, 8, 8)
     images = F.interpolate(images, (20, 20), mode="bilinear", align_corners=False)
-    images = F.pad(images, (4, 4, 4, 4)).round().to(torch.uint8)
+    images = F.pad(images, (4, 4, 4, 4)).round().to(torch.uint8)  # (1797, 1, 28, 28)
     labels = torch.from_numpy(digits.target)
     bank = ClassBank.from_classes(
         [images[labels == k] for k in range(10)], [f"digit {k}" for k in range(10)]

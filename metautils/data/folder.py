@@ -43,6 +43,7 @@ def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
         files = sorted(p for p in folder.iterdir() if _is_image(p))
         if not files:
             raise DataError(f"{folder} holds no image: add some or remove the folder.")
+        # (n_k, channels, size, size)
         classes.append(torch.stack([_read(file, size, channels) for file in files]))
     return ClassBank.from_classes(classes, [folder.name for folder in folders])
 

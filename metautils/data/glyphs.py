@@ -108,7 +108,7 @@ def _style(generator: torch.Generator) -> Style:
     """Draw an alphabet's style."""
     g = generator
     columns, rows = (torch.linspace(-1, 1, _count(3.4, 3, 5, g)) for _ in range(2))
-    anchors = torch.cartesian_prod(columns * _uniform(0.6, 1.3, g), rows)
+    anchors = torch.cartesian_prod(columns * _uniform(0.6, 1.3, g), rows)  # (anchors, 2)
     style = Style(
         anchors=anchors + 0.1 * torch.randn(anchors.shape, generator=g),
         liking=torch.rand(len(anchors), generator=g) + 0.2,
@@ -131,6 +131,7 @@ def _style(generator: torch.Generator) -> Style:
 def _stroke(style: Style, earlier: list[Path], generator: torch.Generator) -> Path:
     """Draw a stroke: a dot, or a walk over the anchors that seldom comes back on itself."""
     g, anchors = generator, style.anchors
+    # (vertices so far, 2)
     used = torch.cat([stroke.vertices for stroke in earlier]) if earlier else anchors[:0]
     start = anchors[int(style.liking.multinomial(1, generator=g))]
     if earlier and _happens(style.dotted, g):
@@ -140,7 +141,7 @@ def _stroke(style: Style, earlier: list[Path], generator: torch.Generator) -> Pa
     walk = [start]
     fewest = 2 if earlier or _happens(0.3, g) else 3
     for _ in range(_count(style.vertices, fewest, 6, g) - 1):
-        used = torch.cat([used, walk[-1][None]])
+        used = torch.cat([used, walk[-1][None]])  # (vertices so far, 2)
         walk.append(_next(style, walk, used, g))
     if len(walk) > 2 and _happens(style.closed, g):
         walk.append(start)
@@ -151,7 +152,7 @@ def _stroke(style: Style, earlier: list[Path], generator: torch.Generator) -> Pa
 
 def _next(style: Style, walk: list[Tensor], used: Tensor, generator: torch.Generator) -> Tensor:
     """Choose the anchor to move to: at the alphabet's reach, fresh, and rarely straight back."""
-    move = style.anchors - walk[-1]
+    move = style.anchors - walk[-1]  # (anchors, 2), and all below (anchors,)
     length = move.norm(dim=1)
     skew = (move[:, 0] * move[:, 1]).abs() / length.square().clamp(min=0.01)
     fit = torch.exp(-2 * (length - style.reach) ** 2 - style.square * skew)
@@ -165,6 +166,7 @@ def _next(style: Style, walk: list[Tensor], used: Tensor, generator: torch.Gener
 
 def _path(walk: list[Tensor], roundness: Tensor, bow: Tensor) -> Path:
     """A stroke through the places of `walk`; after the last one the pen lifts."""
+    # (vertices, 2), and three of (vertices,)
     return Path(torch.stack(walk), roundness, bow, torch.arange(len(walk)) < len(walk) - 1)
 
 
@@ -179,21 +181,23 @@ def _character(style: Style, generator: torch.Generator) -> Path:
             stroke = common._replace(vertices=stroke.vertices[0] + shape)
         if sum(len(one.bow) for one in [*strokes, stroke]) <= VERTICES:
             strokes.append(stroke)
+    # (vertices of all strokes, ...)
     return Path(*(torch.cat(part) for part in zip(*strokes, strict=True)))
 
 
 def _batch(characters: list[Path], generator: torch.Generator) -> Path:
     """Stack characters, padded with moves of the lifted pen, each centred on the page."""
+    # (characters, most vertices, ...)
     p = Path(*(pad_sequence(part, batch_first=True) for part in zip(*characters, strict=True)))
     low, high = _box(*_ink(p)[::2])
-    size = 0.95 + 0.55 * torch.rand(len(low), 1, generator=generator)
+    size = 0.95 + 0.55 * torch.rand(len(low), 1, generator=generator)  # (characters, 1)
     scale = size / (high - low).amax(1, keepdim=True).clamp(min=0.5)
     return p._replace(vertices=(p.vertices - ((low + high) / 2)[:, None]) * scale[:, None])
 
 
 def _box(places: Tensor, ink: Tensor) -> tuple[Tensor, Tensor]:
     """The least and greatest coordinates `(n, 2)` that ink reaches."""
-    dry = (ink == 0)[..., None]
+    dry = (ink == 0)[..., None]  # (n, dabs, 1)
     return places.masked_fill(dry, 9).amin(1), places.masked_fill(dry, -9).amax(1)
 
 
@@ -205,12 +209,13 @@ def _write(p: Path, generator: torch.Generator) -> Path:
         return torch.randn(n, *shape, generator=generator)
 
     # A smooth random field moves neighbours together, so that a junction stays a junction.
-    bumps = torch.cartesian_prod(*[torch.linspace(-0.7, 0.7, 3)] * 2)
-    near = torch.exp(-torch.cdist(p.vertices, bumps).square() / (2 * 0.4**2))
+    bumps = torch.cartesian_prod(*[torch.linspace(-0.7, 0.7, 3)] * 2)  # (9, 2)
+    near = torch.exp(-torch.cdist(p.vertices, bumps).square() / (2 * 0.4**2))  # (n, length, 9)
     # Each stroke and each vertex is a little out of place as well.
-    stroke = torch.nn.functional.pad(~p.down[:, :-1], (1, 0)).cumsum(1)
-    offset = noise(length, 2).gather(1, stroke[..., None].expand(-1, -1, 2))
+    stroke = torch.nn.functional.pad(~p.down[:, :-1], (1, 0)).cumsum(1)  # (n, length), its number
+    offset = noise(length, 2).gather(1, stroke[..., None].expand(-1, -1, 2))  # (n, length, 2)
     moved = p.vertices + 0.085 * near @ noise(9, 2) + 0.04 * offset + 0.035 * noise(length, 2)
+    # (n, 2, 2)
     slant_and_scale = (torch.eye(2) + 0.12 * noise(2, 2)) * torch.exp(0.1 * noise(1, 1))
     return Path(
         moved @ slant_and_scale + 0.08 * noise(1, 2),
@@ -222,21 +227,25 @@ def _write(p: Path, generator: torch.Generator) -> Path:
 
 def _ink(p: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Dabs along a batch of paths: places, velocities `(n, dabs, 2)` and ink `(n, dabs)`."""
-    step = p.vertices.diff(dim=1)
+    step = p.vertices.diff(dim=1)  # (n, moves, 2), one move less than vertices
     # Each move is a cubic from vertex to vertex. At a corner it leaves along the move itself,
     # turned by the bow; at a smooth vertex it goes on the way it came, between both.
-    turn = p.bow[:, :-1, None] * torch.stack([-step[..., 1], step[..., 0]], -1)
+    turn = p.bow[:, :-1, None] * torch.stack([-step[..., 1], step[..., 0]], -1)  # (n, moves, 2)
     leave, arrive = step + turn, step - turn
-    inside = (p.down[:, :-2] & p.down[:, 1:-1]) * p.roundness[:, 1:-1]
-    smooth = 0.7 * (leave[:, 1:] + arrive[:, :-1])
+    inside = (p.down[:, :-2] & p.down[:, 1:-1]) * p.roundness[:, 1:-1]  # (n, moves - 1)
+    smooth = 0.7 * (leave[:, 1:] + arrive[:, :-1])  # (n, moves - 1, 2)
+    # (n, moves, 2)
     leave = torch.cat([leave[:, :1], leave[:, 1:].lerp(smooth, inside[..., None])], 1)
+    # (n, moves, 2)
     arrive = torch.cat([arrive[:, :-1].lerp(smooth, inside[..., None]), arrive[:, -1:]], 1)
+    # (n, moves, 2, 4)
     knots = torch.stack([p.vertices[:, :-1], p.vertices[:, 1:], leave, arrive], -1)
     # Hermite's four polynomials and their slopes.
     t = (torch.arange(DABS) + 0.5) / DABS
     rise, hill = t * t * (3 - 2 * t), 6 * t * (1 - t)
-    place = torch.stack([1 - rise, rise, t * (1 - t) ** 2, t * t * (t - 1)])
-    slope = torch.stack([-hill, hill, (1 - t) * (1 - 3 * t), t * (3 * t - 2)])
+    place = torch.stack([1 - rise, rise, t * (1 - t) ** 2, t * t * (t - 1)])  # (4, DABS)
+    slope = torch.stack([-hill, hill, (1 - t) * (1 - 3 * t), t * (3 * t - 2)])  # (4, DABS)
+    # (n, moves, 2, DABS) to (n, moves, DABS, 2) to (n, dabs, 2)
     places, speeds = ((knots @ basis).transpose(2, 3).flatten(1, 2) for basis in (place, slope))
     # Ink flows with the way gone, and a pen that stands still leaves a dot.
     ink = (speeds.norm(dim=-1) / DABS).clamp(min=0.15 / DABS)
@@ -249,14 +258,16 @@ def _render(p: Path, pen: Tensor, size: int) -> Tensor:
     # Whoever would run off the page writes smaller, and moves over.
     low, high = _box(places, ink)
     middle, fit = (low + high) / 2, (1.8 / (high - low).amax(1, keepdim=True)).clamp(max=1)
-    room = 0.9 - fit * (high - low) / 2
+    room = 0.9 - fit * (high - low) / 2  # (n, 2)
+    # (n, dabs, 2)
     places = (places - middle[:, None]) * fit[:, None] + middle.clamp(-room, room)[:, None]
     # A dab is a Gaussian in x times one in y, so a drawing is one product of two matrices.
     pixels = (torch.arange(size) + 0.5) * (2 / size) - 1
+    # (n, dabs, 2, size)
     dabs = (places[..., None] - pixels).div_(pen[:, None, None, None]).square_().mul_(-0.5).exp_()
-    x, y = dabs.unbind(2)
+    x, y = dabs.unbind(2)  # each (n, dabs, size)
     x.mul_((0.88 * ink / (pen[:, None] * math.sqrt(2 * math.pi)))[..., None])
-    drawing = (y.transpose(1, 2) @ x).clamp(max=1)
+    drawing = (y.transpose(1, 2) @ x).clamp(max=1)  # (n, size, dabs) @ (n, dabs, size)
     return (255 * drawing).round().to(torch.uint8)[:, None]
 
 
@@ -264,10 +275,11 @@ def _draw(programs: Path, drawings: int, size: int, writers: torch.Generator) ->
     """Images `(n * drawings, 1, size, size)` of `n` characters, `drawings` of each in a row."""
     # Drawn together with others of their length, short programs need little padding.
     length = programs.down.long().cumsum(1).argmax(1) + 2  # argmax finds the last move
+    # (n, drawings)
     order = length.argsort(stable=True)[:, None] * drawings + torch.arange(drawings)
     images = torch.empty(order.numel(), 1, size, size, dtype=torch.uint8)
     for places in order.flatten().split(CHUNK):
-        rows = places // drawings
+        rows = places // drawings  # (drawn together,), the character of each
         longest = int(length[rows].max())
         drawn = _write(Path(*(part[rows, :longest] for part in programs)), writers)
         pen = 0.041 * torch.exp(0.12 * torch.randn(len(rows), generator=writers))
@@ -280,22 +292,24 @@ def _describe(p: Path) -> Tensor:
     n = len(p.bow)
     places, speeds, ink = _ink(p)
     total = ink.sum(1)
-    share = ink / total[:, None]
-    angle = torch.atan2(-speeds[..., 1], speeds[..., 0])
+    share = ink / total[:, None]  # (n, dabs)
+    angle = torch.atan2(-speeds[..., 1], speeds[..., 0])  # (n, dabs)
+    # (n, dabs) each
     ways = [(angle - way).cos() ** 4 for way in torch.tensor([0, 0.5, 0.25, -0.25]) * math.pi]
     # How far the pen turns between dabs: within a move smoothly, from move to move sharply.
+    # (n, dabs - 1)
     bend = (1 - (angle.diff(dim=1)).cos()).clamp(min=0).sqrt() * (ink[:, 1:] * ink[:, :-1] > 0)
-    bend = torch.nn.functional.pad(bend, (0, 1)).view(n, -1, DABS)
-    dots = (p.down[:, :-1] & (p.vertices.diff(dim=1).norm(dim=-1) < 0.08)).sum(1)
+    bend = torch.nn.functional.pad(bend, (0, 1)).view(n, -1, DABS)  # (n, moves, DABS)
+    dots = (p.down[:, :-1] & (p.vertices.diff(dim=1).norm(dim=-1) < 0.08)).sum(1)  # (n,)
     strokes = (p.down[:, 1:-1] & ~p.down[:, :-2]).sum(1) + 1
     low, high = _box(places, ink)
-    cell = ((places + 0.6) / 0.4).floor().long().clamp(0, 2) @ torch.tensor([1, 3])
-    cells = torch.zeros(n, 9).scatter_add(1, cell, share)
-    image = _render(p, torch.full((n,), 0.045), 28).float() / 255
+    cell = ((places + 0.6) / 0.4).floor().long().clamp(0, 2) @ torch.tensor([1, 3])  # (n, dabs)
+    cells = torch.zeros(n, 9).scatter_add(1, cell, share)  # (n, 9)
+    image = _render(p, torch.full((n,), 0.045), 28).float() / 255  # (n, 1, 28, 28)
     columns = [strokes / 5, dots / 2, total / 8, *((high - low) / 1.6).unbind(1)]
     columns += [bend[:, :, :-1].sum((1, 2)) / 8, bend[:, :, -1].sum(1) / 5]
     columns += [_enclosed(image), *((way * share).sum(1) for way in ways)]
-    columns += [*cells.sqrt().unbind(1)]
+    columns += [*cells.sqrt().unbind(1)]  # each (n,)
     return torch.stack(columns, 1).clamp(0, 1)
 
 

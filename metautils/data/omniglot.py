@@ -83,11 +83,13 @@ def _decode(source: Path) -> ClassBank:
             raise DataError(
                 f"{source / part} holds {found} drawings, not {expected}: fetch Omniglot again."
             )
+    # (20, 1, 28, 28) each
     small = [_shrink(torch.stack(drawings)) for drawings in classes.values()]
     return ClassBank.from_classes(small, list(classes))
 
 
 def _shrink(drawings: Tensor) -> Tensor:
     """`(n, 105, 105)` to `(n, 1, 28, 28)` uint8, each pixel the mean of what it covers."""
+    # (n, 1, 105, 105) to (n, 1, 28, 28)
     small = F.interpolate(drawings[:, None].float(), (28, 28), mode="bilinear", antialias=True)
     return small.round().clamp(0, 255).to(torch.uint8)

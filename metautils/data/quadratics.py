@@ -61,7 +61,9 @@ class QuadraticSampler:
     def sample(self) -> Episode:
         """Draw the next episode: inputs `(tasks, d, d)`, targets `(tasks, d, 1)`."""
         d = self.dimensions
+        # (tasks, d, d) and (tasks, d, 1)
         w, y = torch.randn(self.tasks, d, d + 1, generator=self.generator).split([d, 1], -1)
+        # (tasks, 1, d) and (tasks, 1, 1)
         w = (w * self._factors(d) * self._factors(1)).to(self.device)
         y = y.to(self.device)
         return Episode(w, y, w, y)

@@ -94,8 +94,9 @@ class RegressionSampler:
     def sample(self) -> Episode:
         """Draw the next episode: inputs `(tasks, n, inputs)`, targets `(tasks, n, 1)`."""
         parameters = [self._uniform(low, high, 1) for low, high in self.family.ranges]
+        # (tasks, n, inputs), where n = shots + queries
         x = self._uniform(*self.family.domain, self.shots + self.queries, self.family.inputs)
-        y = self.family.function(x, *parameters)[..., None]
+        y = self.family.function(x, *parameters)[..., None]  # (tasks, n, 1)
         x, y = x.to(self.device), y.to(self.device)
         k = self.shots
         return Episode(x[:, :k], y[:, :k], x[:, k:], y[:, k:])

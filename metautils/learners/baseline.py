@@ -67,9 +67,9 @@ def linear_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     """
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
     ways = int(labels.max()) + 1
-    start = support.new_zeros(len(support), ways, support.shape[-1])
+    start = support.new_zeros(len(support), ways, support.shape[-1])  # (tasks, ways, d)
     weight = _fitted(start, labels, lambda w: SCALE * support @ w.mT)
-    return SCALE * query @ weight.mT
+    return SCALE * query @ weight.mT  # (tasks, Q, d) @ (tasks, d, ways)
 
 
 def cosine_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
@@ -78,9 +78,10 @@ def cosine_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     Arguments and result as of `nearest_centroid`, whose class means are where fitting starts.
     """
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
+    # (tasks, ways, d)
     start = F.normalize(prototypes(support, labels, int(labels.max()) + 1), dim=-1)
     weight = _fitted(start, labels, lambda w: SCALE * support @ F.normalize(w, dim=-1).mT)
-    return SCALE * query @ F.normalize(weight, dim=-1).mT
+    return SCALE * query @ F.normalize(weight, dim=-1).mT  # (tasks, Q, d) @ (tasks, d, ways)
 
 
 def _fitted(start: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
@@ -91,6 +92,7 @@ def _fitted(start: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor]) -
         optimizer = torch.optim.SGD([weight], lr=STEP, momentum=0.9, weight_decay=DECAY)
         for _ in range(STEPS):
             # A sum over tasks: each has its own weights, so none sees another's gradient.
+            # Cross-entropy wants (tasks, ways, S).
             loss = F.cross_entropy(logits(weight).mT, labels, reduction="none").mean(1).sum()
             weight.grad = torch.autograd.grad(loss, weight)[0]
             optimizer.step()
@@ -123,16 +125,19 @@ class Baseline(Learner):
 
     def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Cross-entropy of all images, each of the class that it has in the whole bank."""
+        # (tasks * (S + Q), ...)
         x = torch.cat([episode.support_x, episode.query_x], dim=1).flatten(0, 1)
-        labels = torch.cat([episode.support_y, episode.query_y], dim=1)
-        labels = episode.classes.to(x.device).gather(1, labels).flatten()
+        labels = torch.cat([episode.support_y, episode.query_y], dim=1)  # (tasks, S + Q)
+        labels = episode.classes.to(x.device).gather(1, labels).flatten()  # (tasks * (S + Q),)
         logits = self.head(self.embed(x)).float()
         yield F.cross_entropy(logits, labels), logits, labels
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Logits `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
-        x = torch.cat([support_x, query_x], dim=1)
+        x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
+        # (tasks, S + Q, d)
         features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
+        # (tasks, S, d) and (tasks, Q, d)
         support, query = features.split([support_x.shape[1], query_x.shape[1]], dim=1)
         with torch.autocast(x.device.type, enabled=False):  # fitting needs the digits
             return self.fit(support, support_y, query)

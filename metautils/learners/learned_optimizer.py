@@ -41,6 +41,7 @@ class LSTMCell(nn.Module):
         """One step of the LSTM (Hochreiter and Schmidhuber 1997) with forget gates."""
         if h is None:
             h = c = x.new_zeros(len(self.bias) // 4, x.shape[1])
+        # [x, h] is (inputs + hidden, n); their product (4 * hidden, n); each gate (hidden, n)
         i, f, candidate, o = torch.addmm(self.bias, self.weight, torch.cat([x, h])).chunk(4)
         c = f.sigmoid() * c + i.sigmoid() * candidate.tanh()
         return o.sigmoid() * c.tanh(), c
@@ -81,7 +82,7 @@ class LSTMOptimizer(nn.Module):
         check_memory(state, inputs.shape[1], k)
         h1, c1 = self.first(inputs, state.get("h1"), state.get("c1"))
         h2, c2 = self.second(h1, state.get("h2"), state.get("c2"))
-        update = named(self.scale * self.output(h2.T), phi)
+        update = named(self.scale * self.output(h2.T), phi)  # (hidden, n) to (n, 1), then cut up
         new = {name: p + update[name] for name, p in phi.items()}
         return new, {"h1": h1, "c1": c1, "h2": h2, "c2": c2}
 
@@ -142,11 +143,12 @@ class FromScratch(Learner):
         nets = Copies([self.make() for _ in range(tasks)]).to(x.device)
         rows = None
         if self.batch is not None:
+            # (steps + 1, batch)
             rows = torch.randint(points, (self.steps + 1, self.batch)).to(x.device)
 
         def loss(f: Adapted) -> Tensor:
             these = slice(None) if rows is None else rows[f.k]
-            return _each_loss(f(x[:, these]), y[:, these])
+            return _each_loss(f(x[:, these]), y[:, these])  # of (tasks, batch, ...)
 
         options = {"first_order": self.first_order}
         return inner_steps(nets, lambda f: loss(f).sum(), self.optimizer, **options), loss
@@ -250,7 +252,7 @@ def coordinates(tensors: Named, k: int | None = None) -> Tensor:
 
 def named(row: Tensor, like: Named) -> Named:
     """The inverse of `coordinates`: a row cut up into tensors of these names and shapes."""
-    parts = row.flatten().split([x.numel() for x in like.values()])
+    parts = row.flatten().split([x.numel() for x in like.values()])  # (n_k,) each
     return {n: part.view(x.shape) for (n, x), part in zip(like.items(), parts, strict=True)}
 
 

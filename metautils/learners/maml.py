@@ -78,6 +78,7 @@ class MAML(Learner):
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Predictions for the queries after the inner steps on the support set."""
         after = self.steps if self.training else self.test_steps
+        # from (tasks, 1, Q, ...)
         return self.after_steps(support_x, support_y, query_x, [after])[:, 0]
 
     def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
@@ -103,6 +104,7 @@ class MAML(Learner):
                 self.net, lambda f: task_loss(f(x), y), self.optimizer(), **self.options
             )
             steps = zip(range(max(after) + 1), path, strict=False)
+            # of one task: (len(after), Q, ...)
             return torch.stack([self._predict(f, x, queries) for k, f in steps if k in after])
 
         return self._over_tasks(task, support_x, support_y, query_x)
@@ -133,7 +135,7 @@ class MAML(Learner):
             return f(queries)
         shots = len(support_x)
         batch_norm_mode(self.net, fused=False, reference=shots)
-        predictions = f(torch.cat([support_x, queries]))[shots:]
+        predictions = f(torch.cat([support_x, queries]))[shots:]  # (S + Q, ways) to (Q, ways)
         batch_norm_mode(self.net, fused=not self._vectorised)
         return predictions
 

@@ -40,18 +40,21 @@ class MatchingNet(Learner):
         """Logarithms of the weights, `(tasks, Q, S)`, from features `(tasks, _, d)`."""
         # In half precision many cosines would be equal to the last digit.
         with torch.autocast(query.device.type, enabled=False):
+            # (tasks, Q, d) @ (tasks, d, S)
             cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
             return (self.scale * cosines).log_softmax(-1)
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Log-probabilities `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
-        x = torch.cat([support_x, query_x], dim=1)
+        x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
+        # (tasks, S + Q, d)
         features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
         shots = support_x.shape[1]
-        weights = self.attention(features[:, :shots], features[:, shots:])
+        weights = self.attention(features[:, :shots], features[:, shots:])  # (tasks, Q, S)
         # Summed as logarithms, so that a weight too small for its digits is still a number.
         ways = torch.arange(int(support_y.max()) + 1, device=x.device)
-        others = support_y[:, None, None] != ways[:, None]
+        others = support_y[:, None, None] != ways[:, None]  # (tasks, 1, ways, S)
+        # (tasks, Q, 1, S) to (tasks, Q, ways, S) to (tasks, Q, ways)
         return weights[:, :, None].masked_fill(others, -torch.inf).logsumexp(-1)
 
     def extra_repr(self) -> str:

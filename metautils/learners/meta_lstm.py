@@ -62,12 +62,13 @@ class MetaLSTMCell(nn.Module):
                 "inputs or targets, or make fewer or smaller steps."
             )
         check_memory(state, len(g), k)
+        # (2, n), twice: (4, n)
         seen = torch.cat([log_sign(g), log_sign(loss[None]).expand(2, len(g))])
         h1, c1 = self.first(seen, state.get("h1"), state.get("c1"))
         zeros = torch.zeros_like(g)
         f = _gate(self.W_F, self.b_F, h1, c, state.get("f", zeros))
         i = _gate(self.W_I, self.b_I, h1, c, state.get("i", zeros))
-        new = f * c - i * g
+        new = f * c - i * g  # (n,)
         return named(new, phi), {"h1": h1, "c1": c1, "f": f, "i": i}
 
 
@@ -141,7 +142,7 @@ class MetaLSTM(MAML):
 
 
 def _gate(W: Tensor, b: Tensor, h: Tensor, c: Tensor, before: Tensor) -> Tensor:
-    return (W[:-2] @ h + W[-2] * c + W[-1] * before + b).sigmoid()
+    return (W[:-2] @ h + W[-2] * c + W[-1] * before + b).sigmoid()  # (hidden,) @ (hidden, n): (n,)
 
 
 def _made(problem: Problem) -> MetaLSTM:

@@ -23,20 +23,21 @@ def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
     Returns:
         `(tasks, ways, dimensions)`.
     """
+    # sums (tasks, ways, d), by counts (tasks, ways, 1)
     return class_sums(features, labels, ways) / F.one_hot(labels, ways).sum(1)[..., None]
 
 
 def class_sums(features: Tensor, labels: Tensor, ways: int) -> Tensor:
     """Sum of each class's support features; arguments and result as of `prototypes`."""
-    rows = labels[..., None].expand_as(features)
-    sums = features.new_zeros(len(features), ways, features.shape[-1])
+    rows = labels[..., None].expand_as(features)  # (tasks, S) to (tasks, S, d)
+    sums = features.new_zeros(len(features), ways, features.shape[-1])  # (tasks, ways, d)
     return sums.scatter_add(1, rows, features)
 
 
 def squared_euclidean(a: Tensor, b: Tensor) -> Tensor:
     """|a - b|^2 of all pairs: `(tasks, A, d)` and `(tasks, B, d)` to `(tasks, A, B)`."""
     # Written out, not expanded to |a|^2 - 2ab + |b|^2, which loses digits when a is near b.
-    return (a[:, :, None] - b[:, None]).square().sum(-1)
+    return (a[:, :, None] - b[:, None]).square().sum(-1)  # from (tasks, A, B, d)
 
 
 def euclidean(a: Tensor, b: Tensor) -> Tensor:
@@ -47,6 +48,7 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos(a, b) of all pairs, in [0, 2]."""
+    # (tasks, A, 1, d) * (tasks, 1, B, d)
     return 1 - (F.normalize(a, dim=-1)[:, :, None] * F.normalize(b, dim=-1)[:, None]).sum(-1)
 
 
@@ -76,9 +78,10 @@ class ProtoNet(Learner):
         ways = int(support_y.max()) + 1
         shots = support_x.shape[1]
         # One pass for both sets, in single precision from here on: distances need the digits.
-        x = torch.cat([support_x, query_x], dim=1)
+        x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
+        # (tasks, S + Q, d)
         features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
-        support, query = features[:, :shots], features[:, shots:]
+        support, query = features[:, :shots], features[:, shots:]  # (tasks, S, d) and (tasks, Q, d)
         return -self.distance(query, prototypes(support, support_y, ways))
 
     def extra_repr(self) -> str:

@@ -54,11 +54,14 @@ class RelationModule(nn.Module):
         """
         # A convolution of two maps side by side is the sum of a convolution of each. So images
         # are convolved, not pairs of images: Q + ways of them in place of Q * ways.
-        of_class, of_query = self.first.weight.chunk(2, 1)
+        of_class, of_query = self.first.weight.chunk(2, 1)  # each (channels, channels, 3, 3)
+        # (tasks * ways, channels, size, size) and (tasks * Q, channels, size, size)
         b = F.conv2d(classes.reshape(-1, *self.shape), of_class, self.first.bias, padding=1)
         a = F.conv2d(query.reshape(-1, *self.shape), of_query, padding=1)
+        # (tasks, Q, channels, size, size) and (tasks, ways, channels, size, size)
         a, b = a.unflatten(0, query.shape[:2]), b.unflatten(0, classes.shape[:2])
-        pairs = a[:, :, None] + b[:, None]
+        pairs = a[:, :, None] + b[:, None]  # (tasks, Q, ways, channels, size, size)
+        # (tasks * Q * ways, channels, size, size) to (tasks * Q * ways, 1) to (tasks, Q, ways)
         return self.rest(pairs.flatten(0, 2)).view(pairs.shape[:3]).float()
 
 
@@ -94,13 +97,14 @@ class RelationNet(Learner):
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Outputs `(tasks, Q, ways)`, before any sigmoid."""
-        x = torch.cat([support_x, query_x], dim=1)
-        features = self.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
+        features = self.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (tasks, S + Q, d)
         shots, ways = support_x.shape[1], int(support_y.max()) + 1
         return self.relate(features[:, shots:], class_sums(features[:, :shots], support_y, ways))
 
     def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
         """The objective over all queries of all tasks, a scalar."""
+        # (tasks, Q, ways) to (tasks * Q, ways), and (tasks, Q) to (tasks * Q,)
         return self.objective(predictions.flatten(0, 1), query_y.flatten(0, 1))
 
     def extra_repr(self) -> str:

@@ -42,19 +42,20 @@ class Reptile(MAML):
 
         Each phi has seen the labels of its queries: there is no held-out set in training.
         """
-        theta = torch.cat([p.flatten() for p in self.net.parameters()])
+        theta = torch.cat([p.flatten() for p in self.net.parameters()])  # (parameters,)
 
         def task(x: Tensor, y: Tensor) -> Tensor:
             f = adapt(self.net, lambda f: task_loss(f(x), y), self.optimizer(), self.steps)
             phi = [p.flatten() for p in f.parameters.values()]
-            return torch.cat([*phi, f(x[shots:]).flatten()])
+            return torch.cat([*phi, f(x[shots:]).flatten()])  # (parameters + Q * outputs,)
 
         shots = episode.support_x.shape[1]
-        x = torch.cat([episode.support_x, episode.query_x], 1)
-        y = torch.cat([episode.support_y, episode.query_y], 1)
+        x = torch.cat([episode.support_x, episode.query_x], 1)  # (tasks, S + Q, ...)
+        y = torch.cat([episode.support_y, episode.query_y], 1)  # (tasks, S + Q)
         with torch.no_grad():
-            found = self._over_tasks(task, x, y)
+            found = self._over_tasks(task, x, y)  # (tasks, parameters + Q * outputs)
         phi, predictions = found[:, : len(theta)], found[:, len(theta) :]
+        # (tasks, Q, outputs)
         predictions = predictions.unflatten(1, (episode.query_x.shape[1], -1))
         return (theta - phi).square().sum(1).mean() / 2, predictions
 
