@@ -5,7 +5,7 @@ READY := .venv/.ready
 PINS := requirements.txt constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check notebooks sync lint records bench pins clean
+.PHONY: help book test check seeds notebooks sync lint records bench pins clean
 
 # Tests run side by side, each process with one thread, so that they do not wait for one another.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
@@ -22,6 +22,9 @@ test: $(READY)  ## run every check: code, notebooks, site, links, browser
 
 check: $(READY)  ## the quick part: style, unit tests, pairing; no notebook is run, no site built
 	$(PYTEST) -m "not book" tests
+
+seeds: $(READY)  ## run every chapter at other seeds: SEEDS="1 2 3"
+	SEEDS="$(or $(SEEDS),1)" $(PYTEST) --dist load -k another_seed tests/test_notebooks.py
 
 notebooks: $(READY)  ## execute every chapter: book/NN_*.md -> notebooks/NN_*.ipynb
 	@$(BIN)/python tools/notebooks.py run
