@@ -8,10 +8,17 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
+
+if TYPE_CHECKING:
+    from metautils.data.labelled import Split
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,3 +86,56 @@ def offline(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         raise request.param
 
     monkeypatch.setattr(urllib.request, "urlopen", fail)
+
+
+@pytest.fixture
+def short_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presets of a moment, narrow networks, glyphs ready at once, no cache of the user's."""
+    from helpers import quick_preset, small_glyphs
+
+    import metautils.evaluate
+    from metautils import cli, data, runs
+    from metautils.learners import baseline, maml, matching_net, meta_lstm, protonet, relation_net
+    from metautils.learners.relation_net import RelationModule
+    from metautils.nets import Conv4, classifier
+
+    for module in (baseline, maml, matching_net, meta_lstm, protonet, relation_net):
+        monkeypatch.setattr(module, "Conv4", lambda *a, **k: Conv4(*a, **(k | {"width": 4})))
+    for module in (maml, meta_lstm):
+        monkeypatch.setattr(module, "classifier", lambda body, _, ways: classifier(body, 4, ways))
+    monkeypatch.setattr(relation_net, "RelationModule", partial(RelationModule, 4))
+    monkeypatch.setattr(metautils.evaluate, "IMAGES_AT_ONCE", 100)
+    monkeypatch.setattr(cli.runs, "train", partial(runs.train, validation_episodes=4))
+    quick_preset(monkeypatch, 3, 4, 1, 2, 3)
+    monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("METAUTILS_DATA", raising=False)
+    monkeypatch.setattr(data.glyphs, "load", small_glyphs)
+
+
+@pytest.fixture(scope="session")
+def many_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 25 classes of 6 small images each, so that 5 are for testing."""
+    root = tmp_path_factory.mktemp("many_classes")
+    random = np.random.default_rng(0)
+    for k in range(25):
+        (root / f"class{k:02d}").mkdir()
+        for n in range(6):
+            pixels = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"class{k:02d}" / f"{n}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of ten images: 18 to learn from, 6 for validation, 6 for the test."""
+    from helpers import paint
+
+    return paint(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="session")
+def split(photos: Path) -> Split:
+    """The three parts of `photos`."""
+    from metautils.data import labelled
+
+    return labelled.load(photos)

@@ -2,24 +2,31 @@
 
 import copy
 import hashlib
+import json
+import math
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from markdown_it import MarkdownIt
+from PIL import Image
 from torch import Tensor, nn
 
 from metautils.checkpoint import CHECKPOINT
-from metautils.data.bank import ClassBank
+from metautils.data import folder
+from metautils.data.bank import ClassBank, Parts, split_classes
 from metautils.episode import Episode
 from metautils.evaluate import evaluate
 from metautils.files import DataError, cache_folder, load_safely
-from metautils.learners.base import Learner
+from metautils.learners.base import Learner, Preset
 from metautils.learners.protonet import ProtoNet
 from metautils.nets import classifier
 from metautils.sampling import EpisodeSampler
@@ -263,6 +270,79 @@ def stop_in(learner: Learner, call: int) -> None:
     learner.pieces = stopped
 
 
+STEPS, EVERY = 20, 5
+LENGTH = {"steps": STEPS, "every": EVERY, "validation_episodes": 6, "progress": False}
+
+
+def source(
+    seed: int = 0,
+    ways: int = 3,
+    shots: int = 1,
+    queries: int = 2,
+    tasks: int = 2,
+    rotate: bool = False,
+    bank_seed: int = 0,
+) -> EpisodeSampler:
+    """What `run` trains on."""
+    return EpisodeSampler(blobs(seed=bank_seed), ways, shots, queries, tasks, rotate, seed)
+
+
+def judge() -> EpisodeSampler:
+    """What `run` validates on."""
+    return EpisodeSampler(blobs(seed=9), 3, 1, 2, seed=5)
+
+
+def run(
+    out: Path | None = None,
+    learner: Learner | None = None,
+    scramble: int | None = None,
+    **changed,
+) -> tuple[Learner, History]:
+    """A short training with dropout, which draws from the global generator."""
+    learner = learner or tiny(dropout=0.2)
+    if scramble is not None:
+        torch.manual_seed(scramble)
+    history = meta_train(learner, source(), validation=judge(), out=out, **(LENGTH | changed))
+    return learner, history
+
+
+class Scripted(ProtoNet):
+    """At the given step something happens to its loss."""
+
+    def __init__(self, at: int, what: Callable[[Learner, Tensor], Tensor]) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(16, 8)))
+        self.spare = nn.Parameter(torch.zeros(2))
+        self.at, self.what, self.calls, self.at_once = at, what, 0, None
+
+    def pieces(self, episode: Episode) -> Iterator:
+        return in_parts(super().pieces, episode, self.at_once)
+
+    def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
+        loss = super().loss(predictions, query_y)
+        self.calls += 1
+        return self.what(self, loss) if self.calls == self.at else loss
+
+
+def in_parts(
+    pieces: Callable[[Episode], Iterator], episode: Episode, tasks: int | None
+) -> Iterator:
+    """The pieces of an episode, of at most so many tasks each, that add up to its meta-loss."""
+    for part in episode.parts(tasks):
+        for loss, *rest in pieces(part):
+            yield loss * (part.tasks / episode.tasks), *rest
+
+
+def interrupt(learner: Learner, loss: Tensor) -> Tensor:
+    """What happens to a `Scripted` learner: Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def nan(learner: Learner, loss: Tensor) -> Tensor:
+    """What happens to a `Scripted` learner: its loss is no number."""
+    return loss * math.nan
+
+
 def meta_loss(learner: Learner, episode: Episode) -> Tensor:
     """What `meta_train` differentiates, all pieces together."""
     return sum(loss for loss, *_ in learner.pieces(episode))
@@ -347,3 +427,143 @@ def slope_error(value: Callable[[], Tensor], leaves: Sequence[Tensor]) -> float:
             break
     at(start)
     return best
+
+
+def quick_preset(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """The quick preset of every method: steps, ways, shots, queries and test episodes.
+
+    Those that adapt take two tasks at a time.
+    """
+    from metautils import methods
+
+    steps, ways, shots, queries, episodes = numbers
+    for name, method in methods.known().items():
+        tasks = 1 if method.any_ways else 2
+        quick = Preset(steps, ways, shots, queries, tasks, episodes)
+        monkeypatch.setitem(methods.known(), name, replace(method, presets={"quick": quick}))
+
+
+def small_glyphs(seed: int = 0) -> Parts:
+    """A set in place of the glyphs, ready at once."""
+    return split_classes(blobs(classes=14, images=8, size=16, seed=seed), (6, 3, 5))
+
+
+def train(out: Path, *more: object, method: str = "protonet") -> int:
+    """`python -m metautils train` on the CPU; its exit status."""
+    from metautils import cli  # here, as it takes seconds that other tests need not wait
+
+    return cli.main(["train", method, "--out", str(out), "--device", "cpu", *map(str, more)])
+
+
+def again(out: Path, *more: object) -> int:
+    """`python -m metautils evaluate` on the CPU; its exit status."""
+    from metautils import cli  # here, as it takes seconds that other tests need not wait
+
+    return cli.main(["evaluate", str(out), "--device", "cpu", *map(str, more)])
+
+
+def read_json(path: Path) -> Any:
+    """What a record holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+OWN_METHOD = """
+from torch import nn
+
+from metautils.learners.base import Method, Preset
+from metautils.learners.protonet import ProtoNet
+
+
+class Mine(ProtoNet):
+    def __init__(self, pixels):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(pixels, pixels)))
+        nn.init.eye_(self.embed[1].weight)
+        nn.init.zeros_(self.embed[1].bias)
+
+
+METHODS = {
+    "mine": Method(
+        "Nearest mean",
+        lambda problem: Mine(problem.image.numel()),
+        {"quick": Preset(3, 4, 1, 2, episodes=3)},
+        any_ways=True,
+    )
+}
+"""
+
+
+def own_method(where: Path) -> Path:
+    """A file with a method of the reader's own."""
+    path = where / "mine.py"
+    path.write_text(OWN_METHOD)
+    return path
+
+
+COLOURS = {"blue": (40, 60, 210), "green": (50, 190, 60), "red": (220, 50, 40)}
+
+
+def paint(root: Path, images: int = 10, names: Iterable[str] = COLOURS, seed: int = 0) -> Path:
+    """A folder of noisy images, the classes of which differ in their colour."""
+    random = np.random.default_rng(seed)
+    for name, colour in zip(names, COLOURS.values(), strict=False):
+        (root / name).mkdir(parents=True)
+        for k in range(images):
+            noise = random.integers(-40, 41, (20, 24, 3))
+            Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(
+                root / name / f"{k}.png"
+            )
+    return root
+
+
+def tiny_body(features: int = 8, seed: int = 0) -> nn.Module:
+    """One convolution with batch normalisation; the global generator stays as it is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, features, 1), nn.BatchNorm2d(features), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def tiny_classifier(seed: int = 0, size: int = 16) -> nn.Module:
+    """A `Classifier` of the colours on a tiny body."""
+    from metautils.classifier import Classifier
+
+    torch.manual_seed(0)
+    return Classifier(tiny_body(seed=seed), tuple(COLOURS), size, 8)
+
+
+IMAGE_SIZE = 16
+RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
+
+
+def read_one(
+    tmp_path: Path, image: Image.Image, name: str = "x.png", channels: int = 3, **options
+) -> Tensor:
+    """What a folder's reader makes of one image, `(channels, IMAGE_SIZE, IMAGE_SIZE)`."""
+    path = tmp_path / "set" / "a" / name
+    path.parent.mkdir(parents=True)
+    image.save(path, **options)
+    bank = folder.bank(tmp_path / "set", IMAGE_SIZE, channels)
+    assert bank.images.dtype == torch.uint8
+    assert bank.images.shape == (1, channels, IMAGE_SIZE, IMAGE_SIZE)
+    return bank.images[0]
+
+
+def only_colour(image: Tensor) -> tuple[int, ...]:
+    """The colour of an image of one colour."""
+    values = image.flatten(1)
+    assert (values == values[:, :1]).all()
+    return tuple(values[:, 0].tolist())
+
+
+def fill(root: Path, **classes: int) -> Path:
+    """Folders with as many images of various sizes and modes as asked for."""
+    random = np.random.default_rng(0)
+    for name, images in classes.items():
+        (root / name).mkdir(parents=True)
+        for k in range(images):
+            height, width = random.integers(5, 50, 2)
+            mode = ("RGB", "L", "RGBA", "P", "1")[k % 5]
+            level = int(random.integers(256))
+            image = Image.new("L", (width, height), level).convert(mode)
+            image.save(root / name / f"{k}.png")
+    return root

@@ -200,3 +200,22 @@ def test_damaged_cache_is_made_again(empty_cache, damage):
     assert same(cached("squares", square), bank)
     assert path.stat().st_size == whole
     assert same(cached("squares", none), bank)
+
+
+def test_cache_of_another_version_is_made_again(empty_cache):
+    old = cached("squares", square, "1")
+    new = cached("squares", lambda: square(size=6), "2")
+    assert new.images.shape[-1] == 6
+    assert same(cached("squares", none, "2"), new)
+    assert same(cached("squares", square, "1"), old)
+
+
+def test_cache_that_cannot_be_written_is_told_and_the_bank_is_there(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")  # a folder below a file can be made by nobody
+    monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "file" / "cache"))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="will be made again next time: .* could not be"):
+            bank = cached("squares", square)
+        assert same(bank, square())
+        assert torch.equal(bank.attributes, square().attributes)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,6 +1,7 @@
 """Files are whole or not there; nothing but plain values is ever loaded."""
 
 import errno
+import multiprocessing
 import os
 import pickle
 import resource
@@ -108,6 +109,29 @@ def test_error_of_the_disk_is_in_the_sentence(tmp_path, monkeypatch):
         r"new/x\.pt could not be written \(.*No space left on device.*\): free some space, or",
     )
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def save_many(path, writer, saves):
+    for k in range(saves):
+        save_atomically({"writer": writer, "save": k, "x": torch.full((1000,), writer)}, path)
+
+
+def test_two_processes_save_to_one_path(tmp_path):
+    """Neither fails, no reader sees anything but a whole file, and nothing is left beside it."""
+    path, context = tmp_path / "new" / "x.pt", multiprocessing.get_context("spawn")
+    writers = [context.Process(target=save_many, args=(path, k, 30)) for k in range(2)]
+    for writer in writers:
+        writer.start()
+    seen = 0
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            value = load_safely(path)
+            assert (value["x"] == value["writer"]).all()
+            seen += 1
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert seen > 0
+    assert load_safely(path)["save"] == 29
+    assert list(path.parent.iterdir()) == [path]
 
 
 UNFIT = pytest.mark.parametrize("folder", ["file", "file/below", "/proc/x"])

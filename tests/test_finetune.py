@@ -3,73 +3,41 @@
 import errno
 import json
 import math
+import os
 import re
+import shutil
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from helpers import flat, same_weights, told_in_one_line, weights_of
+from helpers import (
+    COLOURS,
+    flat,
+    paint,
+    same_weights,
+    tiny_body,
+    tiny_classifier,
+    told_in_one_line,
+    weights_of,
+)
 from PIL import Image
-from torch import nn
 from torch.optim import SGD
 
 import metautils.files
 from metautils import classifier, cli, finetune, pretrained
 from metautils.checkpoint import CheckpointMismatch
 from metautils.classifier import MODEL, Classifier
-from metautils.classifier import to_test as of_test
-from metautils.classifier import to_train as of_train
 from metautils.data import labelled
-from metautils.evaluate import wilson95
 from metautils.files import load_safely
 from metautils.finetune import Recipe, l2_sp, stage_one, stage_two
 
-COLOURS = {"blue": (40, 60, 210), "green": (50, 190, 60), "red": (220, 50, 40)}
-MEAN, STD = (np.array(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 RECIPE = Recipe(
     size=16, batch=4, probe_epochs=20, probe_lr=0.05, epochs=3, lr=3e-3, step=2, decay=0.01
 )
-
-
-def paint(root, images=10, names=COLOURS, seed=0):
-    """A folder of noisy images, the classes of which differ in their colour."""
-    random = np.random.default_rng(seed)
-    for name, colour in zip(names, COLOURS.values(), strict=False):
-        (root / name).mkdir(parents=True)
-        for k in range(images):
-            noise = random.integers(-40, 41, (20, 24, 3))
-            Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8)).save(
-                root / name / f"{k}.png"
-            )
-    return root
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Three classes of ten images: 18 to learn from, 6 for validation, 6 for the test."""
-    return paint(tmp_path_factory.mktemp("data") / "photos")
-
-
-@pytest.fixture(scope="module")
-def split(photos):
-    return labelled.load(photos)
-
-
-def tiny_body(features=8, seed=0):
-    """One convolution with batch normalisation; the global generator stays as it is."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        layers = [nn.Conv2d(3, features, 1), nn.BatchNorm2d(features), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def tiny(seed=0, size=16):
-    torch.manual_seed(0)
-    return Classifier(tiny_body(seed=seed), tuple(COLOURS), size, 8)
 
 
 def interrupted(call, work):
@@ -90,128 +58,14 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-# Images as tensors
-
-
-@pytest.mark.parametrize("transform", [of_train(16, True), of_test(16)], ids=["train", "test"])
-@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (16, 16), (5, 9)])
-@pytest.mark.parametrize("level", [0, 255])
-def test_images_get_the_size_and_range_of_imagenet(transform, shape, level):
-    x = transform(Image.new("RGB", shape, (level,) * 3))
-    assert (x.shape, x.dtype) == ((3, 16, 16), torch.float32)
-    expected = torch.from_numpy((level / 255 - MEAN) / STD).float().expand_as(x)
-    torch.testing.assert_close(x, expected)
-
-
-def halves(width=64, height=32):
-    """Black on the left, white on the right."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[:, width // 2 :] = 255
-    return Image.fromarray(pixels)
-
-
-def test_test_images_are_the_middle():
-    x = of_test(16)(halves(200, 20))
-    assert torch.equal(x, of_test(16)(halves(200, 20)))
-    assert (x[:, :, 0] < -1).all() and (x[:, :, -1] > 1).all()
-    # A pixel of the short side of 20 becomes 17 / 20, of which the crop leaves 16 / 17.
-    black = (x[0] < 0).float().mean()
-    assert float(black) == pytest.approx(0.5, abs=0.07)
-
-
-@pytest.mark.parametrize(("mirror", "sides"), [(True, {-1, 1}), (False, {1})])
-def test_training_images_are_mirrored_only_if_asked(mirror, sides):
-    torch.manual_seed(0)
-    crops = [of_train(16, mirror)(halves()) for _ in range(30)]
-    slopes = {int((x[..., 8:].mean() - x[..., :8].mean()).sign()) for x in crops}
-    assert slopes - {0} == sides  # 0 where the crop holds but one half
-    assert len({float(x.mean()) for x in crops}) > 10  # cropped at random
-
-
-# Classifier
-
-
-def test_classify_tells_probabilities_highest_first(photos):
-    net, path = tiny().train(), photos / "red" / "3.png"
-    before = weights_of(net)
-    told = net.classify(path)
-    assert list(told.values()) == sorted(told.values(), reverse=True)
-    assert sum(told.values()) == pytest.approx(1)
-    assert same_weights(net.state_dict(), before)
-    x = of_test(16)(Image.open(path))[None]
-    with torch.no_grad():
-        chances = net.eval()(x).softmax(1)[0].tolist()
-    assert told == pytest.approx(dict(zip(COLOURS, chances, strict=True)))
-
-
-def odd(kind):
-    """An image that must not be converted carelessly."""
-    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
-    if kind == "transparent":
-        return Image.fromarray(noise)
-    if kind == "16 bits":
-        return Image.fromarray(noise[..., 0].astype(np.uint16) << 8)
-    return Image.fromarray(noise[..., :3])
-
-
-@pytest.mark.parametrize("kind", ["plain", "lying", "transparent", "16 bits"])
-def test_classify_takes_a_name_or_an_opened_image(tmp_path, kind):
-    """And sees the same in both."""
-    torch.manual_seed(0)
-    net, exif = Classifier(nn.Flatten(), ("a", "b"), 16, 3 * 16 * 16), Image.Exif()
-    if kind == "lying":
-        exif[0x0112] = 6
-    odd(kind).save(tmp_path / "x.png", exif=exif)
-    by_name = net.classify(str(tmp_path / "x.png"))
-    with Image.open(tmp_path / "x.png") as image:
-        assert net.classify(image) == pytest.approx(by_name)
-
-
-def test_classify_names_a_file_that_is_no_image(tmp_path):
-    (tmp_path / "x.jpg").write_text("words")
-    told_in_one_line(lambda: tiny().classify(tmp_path / "x.jpg"), r"x\.jpg is no readable image")
-    told_in_one_line(lambda: tiny().classify(tmp_path / "y.jpg"), r"y\.jpg is no readable image")
-
-
-def test_saved_classifier_gives_the_same_answers(tmp_path):
-    torch.manual_seed(0)
-    net = Classifier(pretrained.body(None), ("a", "b", "c"), 32)
-    x = torch.randn(4, 3, 32, 32)
-    net.train()(x)  # moves the statistics
-    net.save(tmp_path / "x.pt")
-    torch.manual_seed(1)
-    loaded = classifier.load(tmp_path / "x.pt")
-    assert (loaded.classes, loaded.size, loaded.training) == (net.classes, 32, False)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(x), net.eval()(x))
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ([1, 2], "holds no classifier: name the model.pt"),
-        ({"weights": {}, "size": 32}, "holds no classifier"),
-        ({"classes": list(COLOURS), "size": 16, "weights": tiny().state_dict()}, ""),
-    ],
-    ids=["list", "without names", "another body"],
-)
-def test_file_that_holds_no_classifier(tmp_path, content, sentence):
-    torch.save(content, tmp_path / "x.pt")
-    told_in_one_line(lambda: classifier.load(tmp_path / "x.pt"), rf"x\.pt .*{sentence}")
-
-
-def test_damaged_or_missing_classifier(tmp_path):
-    (tmp_path / "x.pt").write_bytes(b"half")
-    told_in_one_line(lambda: classifier.load(tmp_path / "x.pt"), r"x\.pt is damaged")
-    told_in_one_line(lambda: classifier.load(tmp_path / "y.pt"), r"y\.pt does not exist")
-
-
 # Stage one: the head
 
 
 def network(kind):
     torch.manual_seed(0)
-    return tiny() if kind == "tiny" else Classifier(pretrained.body(None), tuple(COLOURS), 32)
+    if kind == "tiny":
+        return tiny_classifier()
+    return Classifier(pretrained.body(None), tuple(COLOURS), 32)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "ResNet-50"])
@@ -228,22 +82,10 @@ def test_stage_one_changes_the_head_alone(split, kind):
         assert classifier.test(net, split.test).accuracy == 100
 
 
-def test_features_are_those_of_the_body(split):
-    net = tiny().train()
-    head = net.head
-    rows, labels = classifier.features(net, split.validation).tensors
-    assert net.head is head
-    assert net.training
-    assert labels.tolist() == split.validation.targets
-    with torch.no_grad():
-        x = torch.stack([of_test(16)(split.validation[k][0]) for k in range(6)])
-        torch.testing.assert_close(rows, net.body.eval()(x), atol=2e-2, rtol=2e-2)
-
-
 def test_stage_one_follows_its_seed_alone(split):
     ends = []
     for before, seed in ((1, 3), (2, 3), (2, 4)):
-        net = tiny()
+        net = tiny_classifier()
         torch.manual_seed(before)
         stage_one(net, split, replace(RECIPE, seed=seed))
         ends.append(weights_of(net))
@@ -261,10 +103,10 @@ def body_calls(net, split, out):
 
 
 def test_features_are_kept_for_a_resumed_training(tmp_path, split):
-    expected = body_calls(tiny(), split, None)
+    expected = body_calls(tiny_classifier(), split, None)
     assert expected[0] == 5 + 2  # batches of four of 18 and of 6 images
-    assert body_calls(tiny(), split, tmp_path)[0] == 7
-    again, head = body_calls(tiny(), split, tmp_path)
+    assert body_calls(tiny_classifier(), split, tmp_path)[0] == 7
+    again, head = body_calls(tiny_classifier(), split, tmp_path)
     assert again == 0
     assert same_weights(head, expected[1])
     assert names_in(tmp_path) == ["features.pt"]
@@ -272,8 +114,8 @@ def test_features_are_kept_for_a_resumed_training(tmp_path, split):
 
 @pytest.mark.parametrize("changed", ["body", "statistics", "images", "size"])
 def test_features_of_something_else_are_not_used(tmp_path, split, photos, changed):
-    body_calls(tiny(), split, tmp_path)
-    net = tiny(seed=5 if changed == "body" else 0, size=12 if changed == "size" else 16)
+    body_calls(tiny_classifier(), split, tmp_path)
+    net = tiny_classifier(seed=5 if changed == "body" else 0, size=12 if changed == "size" else 16)
     if changed == "statistics":
         net.body[1].running_mean += 0.1
     other = labelled.load(photos, seed=1) if changed == "images" else split
@@ -291,7 +133,7 @@ def last(out):
 
 
 def test_stage_two_changes_all_layers(tmp_path, split):
-    net = tiny()
+    net = tiny_classifier()
     before = weights_of(net)
     rows = stage_two(net, split, RECIPE, tmp_path)
     assert [row.number for row in rows] == [1, 2, 3]
@@ -303,7 +145,7 @@ def test_stage_two_changes_all_layers(tmp_path, split):
 @pytest.mark.parametrize(("pull", "decay"), [(None, 0.01), (0.5, 0), (0.0, 0)])
 def test_rates_of_stage_two_and_its_decay(monkeypatch, split, pull, decay):
     """The pull takes the place of the decay; the body learns at a tenth of the head's rate."""
-    seen, net = [], tiny()
+    seen, net = [], tiny_classifier()
     monkeypatch.setattr(finetune, "fit", lambda *arguments: seen.extend(arguments))
     stage_two(net, split, replace(RECIPE, pull=pull))
     groups, penalty = seen[3].param_groups, seen[7]
@@ -323,7 +165,7 @@ def test_rates_of_stage_two_and_its_decay(monkeypatch, split, pull, decay):
 def test_pull_keeps_the_body_near_its_start(tmp_path, split):
     far = {}
     for pull in (None, 0.0, 300.0):
-        net, out = tiny(), tmp_path / str(pull)
+        net, out = tiny_classifier(), tmp_path / str(pull)
         start = {f"body.{name}": w.detach().clone() for name, w in net.body.named_parameters()}
         stage_two(net, split, replace(RECIPE, pull=pull), out)
         far[pull] = float(flat([last(out)[name] - w for name, w in start.items()]).norm())
@@ -333,7 +175,7 @@ def test_pull_keeps_the_body_near_its_start(tmp_path, split):
 
 def test_l2_sp_by_hand():
     torch.manual_seed(0)
-    net = tiny().double()
+    net = tiny_classifier().double()
     start = {f"body.{name}": torch.randn_like(w) for name, w in net.body.named_parameters()}
     value = l2_sp(net, start, 0.3, 0.02)
     expected = 0.0
@@ -351,10 +193,10 @@ def test_l2_sp_by_hand():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stage_two_resumes_bit_identical(tmp_path, split, workers):
     """With crops at random, whichever process makes them."""
-    whole, resumed = tiny(), tiny()
+    whole, resumed = tiny_classifier(), tiny_classifier()
     rows = stage_two(whole, split, RECIPE, tmp_path / "whole", workers)
     cut = tmp_path / "cut"
-    interrupted(8, lambda: stage_two(tiny(), split, RECIPE, cut, workers))
+    interrupted(8, lambda: stage_two(tiny_classifier(), split, RECIPE, cut, workers))
     assert len(load_safely(cut / "all_layers.pt")["notes"]["rows"]) == 1
     again = stage_two(resumed, split, RECIPE, cut, workers)
     assert [row.train_loss for row in again] == [row.train_loss for row in rows]
@@ -364,65 +206,13 @@ def test_stage_two_resumes_bit_identical(tmp_path, split, workers):
 
 def test_pull_goes_on_to_where_the_body_was_at_first(tmp_path, split):
     """Not to where it was when it was stopped, which a notebook may have kept."""
-    net, recipe, cut = tiny(), replace(RECIPE, pull=1.0), tmp_path / "cut"
-    stage_two(tiny(), split, recipe, tmp_path / "whole")
+    net, recipe, cut = tiny_classifier(), replace(RECIPE, pull=1.0), tmp_path / "cut"
+    stage_two(tiny_classifier(), split, recipe, tmp_path / "whole")
     interrupted(6, lambda: stage_two(net, split, recipe, cut))
     net.zero_grad()
     with suppress(CheckpointMismatch):  # to refuse such a network is as good
         stage_two(net, split, recipe, cut)
         assert same_weights(last(cut), last(tmp_path / "whole"))
-
-
-def test_last_batch_is_not_a_single_image(split):
-    """It has no variance; a validation batch needs none, so nothing is left out there."""
-    for part, shuffle, sizes in ((split.train, True, [17]), (split.train, False, [17, 1])):
-        loader = classifier.batches(part, 17, of_test(16), shuffle)
-        assert [len(y) for _, y in loader] == sizes
-    whole = classifier.batches(split.train, 18, of_test(16), True)
-    assert [len(y) for _, y in whole] == [18]
-
-
-# The test
-
-
-def six_answers():
-    """Six images of three classes, of which the second, third and last are wrong."""
-    chances = [
-        [0.7, 0.2, 0.1],
-        [0.6, 0.3, 0.1],
-        [0.8, 0.1, 0.1],
-        [0.1, 0.8, 0.1],
-        [0.2, 0.2, 0.6],
-        [0.1, 0.7, 0.2],
-    ]
-    labels, files = torch.tensor([0, 1, 1, 1, 2, 2]), tuple(f"{k}.png" for k in range(6))
-    return classifier.Tested(torch.tensor(chances), labels, files, ("a", "b", "c"))
-
-
-def test_numbers_of_the_test_by_hand():
-    t = six_answers()
-    assert (t.right, t.accuracy) == (3, 50)
-    assert t.interval == wilson95(3, 6)
-    assert t.confusion.tolist() == [[1, 0, 0], [2, 1, 0], [0, 1, 1]]
-    assert t.worst() == [2, 5, 1]  # 0.1, 0.2 and 0.3 for the true class
-    assert t.worst(2) == [2, 5]
-    assert str(t) == "50.0 % of 6 test images, 95 % interval 18.8 to 81.2"
-
-
-def test_class_that_is_never_answered_has_its_place_in_the_confusion():
-    t = replace(six_answers(), chances=torch.eye(3)[[0] * 6], labels=torch.zeros(6).long())
-    assert t.confusion.tolist() == [[6, 0, 0], [0, 0, 0], [0, 0, 0]]
-    assert t.worst() == []
-
-
-def test_test_is_what_the_classifier_says_of_each_file(split):
-    net = tiny()
-    t = classifier.test(net, split.test)
-    assert t.classes == tuple(COLOURS)
-    assert list(zip(t.files, t.labels.tolist(), strict=True)) == split.test.samples
-    for file, chances in zip(t.files, t.chances.tolist(), strict=True):
-        told = net.classify(file)
-        assert chances == pytest.approx([told[name] for name in COLOURS], abs=0.02)
 
 
 # The whole recipe
@@ -526,6 +316,49 @@ def test_another_run_does_not_go_on_with_the_checkpoint(tmp_path, photos, bodies
     with pytest.raises(CheckpointMismatch, match=r"all_layers\.pt") as caught:
         finetune.run(other, out, recipe, weights)
     assert "\n" not in str(caught.value)
+    assert (out / "all_layers.pt").read_bytes() == before
+
+
+def copied(photos, to):
+    """A copy whose files have other times than the first."""
+    shutil.copytree(photos, to)
+    for k, path in enumerate(sorted(to.rglob("*.png"))):
+        os.utime(path, (k, k))
+    return to
+
+
+def test_run_goes_on_with_a_copy_of_its_images(tmp_path, photos, bodies):
+    """Elsewhere and of other times; neither features nor epochs are computed anew."""
+    out = tmp_path / "out"
+    interrupted(8, lambda: finetune.run(photos, out, RECIPE))
+    kept = (out / "features.pt").read_bytes()
+    copy = copied(photos, tmp_path / "elsewhere" / "photos")
+    first = finetune.run(copy, out, RECIPE)
+    assert (out / "features.pt").read_bytes() == kept
+    record = json.loads((out / "record.json").read_text())
+    assert [row["number"] for row in record["stage_two"]] == [1, 2, 3]
+    whole = finetune.run(photos, tmp_path / "whole", RECIPE)
+    assert torch.equal(first.chances, whole.chances)
+    assert same_weights(last(out), last(tmp_path / "whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(SGD, "step")  # finished, so that no step is left
+        assert finetune.run(photos, out, RECIPE).right == whole.right
+
+
+def test_changed_picture_is_named_alone(tmp_path, photos, bodies):
+    """In a sentence of a length that does not grow with the number of images."""
+    out, copy = tmp_path / "out", copied(photos, tmp_path / "photos")
+    finetune.run(photos, out, RECIPE)
+    (file, _), *_ = labelled.load(copy).train.samples
+    Image.open(file).rotate(180).save(file)
+    before = (out / "all_layers.pt").read_bytes()
+    name = Path(file).relative_to(copy).as_posix()
+    with pytest.raises(
+        CheckpointMismatch, match=rf"all_layers\.pt was made with .*{name}="
+    ) as told:
+        finetune.run(copy, out, RECIPE)
+    assert str(told.value).count(".png") == 1
+    assert len(str(told.value)) < 500
     assert (out / "all_layers.pt").read_bytes() == before
 
 

@@ -1,6 +1,7 @@
 """The glyphs look like handwriting in numbers: same seed, same bank; one character, many hands."""
 
 import hashlib
+import pathlib
 import subprocess
 import sys
 
@@ -107,7 +108,7 @@ def test_attributes_agree_with_the_drawings(bank):
     assert torch.corrcoef(torch.stack([told, ink]))[0, 1] > 0.9
 
 
-def test_load_cuts_by_alphabets():
+def test_load_cuts_by_alphabets(empty_cache):
     parts = glyphs.load(alphabets=10, characters=3, drawings=2)
     alphabets = [{name.split("/")[0] for name in part.names} for part in parts]
     assert [len(part) for part in parts] == [21, 3, 6]
@@ -131,3 +132,40 @@ def test_size_must_hold_a_drawing():
 def test_three_parts_need_three_alphabets():
     with pytest.raises(ValueError, match="2 alphabets cannot be cut into three parts"):
         glyphs.load(alphabets=2)
+
+
+def refuse(*numbers, **named):
+    raise AssertionError("The cache was there, but the glyphs were drawn again.")
+
+
+def test_bank_comes_from_the_cache_the_second_time(empty_cache, monkeypatch):
+    """Part by part the same to the last bit, attributes and all."""
+    numbers = {"seed": 3, "alphabets": 4, "characters": 3, "drawings": 2}
+    drawn = glyphs.load(**numbers)
+    assert [path.name for path in empty_cache.iterdir()] == ["glyphs-4-3-2-3.pt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(glyphs, "generate", refuse)
+        kept = glyphs.load(**numbers)
+    for one, two in zip(drawn, kept, strict=True):
+        assert one.names == two.names
+        for name in ("images", "counts", "attributes"):
+            a, b = getattr(one, name), getattr(two, name)
+            assert torch.equal(a, b)
+            assert a.dtype == b.dtype
+    other = glyphs.load(**(numbers | {"seed": 4}))
+    assert not torch.equal(other.train.images, drawn.train.images)
+
+
+def test_glyphs_of_other_code_are_drawn_anew(empty_cache, tmp_path, monkeypatch):
+    numbers, calls = {"alphabets": 3, "characters": 2, "drawings": 2}, []
+    glyphs.load(**numbers)
+    draw = glyphs.generate
+    monkeypatch.setattr(glyphs, "generate", lambda *a, **k: calls.append(a) or draw(*a, **k))
+    glyphs.load(**numbers)
+    assert calls == []
+    other = tmp_path / "glyphs.py"
+    other.write_bytes(pathlib.Path(glyphs.__file__).read_bytes() + b"# other\n")
+    monkeypatch.setattr(glyphs, "__file__", str(other))
+    for _ in range(2):  # drawn once, and kept in its turn
+        glyphs.load(**numbers)
+        assert calls == [(3, 2, 2)]

@@ -1,0 +1,202 @@
+"""A classifier says the same of a file and of an opened image, before and after it is saved."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import COLOURS, same_weights, tiny_classifier, told_in_one_line, weights_of
+from PIL import Image
+from torch import nn
+
+from metautils import classifier, pretrained
+from metautils.classifier import Classifier
+from metautils.classifier import to_test as of_test
+from metautils.classifier import to_train as of_train
+from metautils.evaluate import wilson95
+
+MEAN, STD = (np.array(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+
+# Images as tensors
+
+
+@pytest.mark.parametrize("transform", [of_train(16, True), of_test(16)], ids=["train", "test"])
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (16, 16), (5, 9)])
+@pytest.mark.parametrize("level", [0, 255])
+def test_images_get_the_size_and_range_of_imagenet(transform, shape, level):
+    x = transform(Image.new("RGB", shape, (level,) * 3))
+    assert (x.shape, x.dtype) == ((3, 16, 16), torch.float32)
+    expected = torch.from_numpy((level / 255 - MEAN) / STD).float().expand_as(x)
+    torch.testing.assert_close(x, expected)
+
+
+def halves(width=64, height=32):
+    """Black on the left, white on the right."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, width // 2 :] = 255
+    return Image.fromarray(pixels)
+
+
+def test_test_images_are_the_middle():
+    x = of_test(16)(halves(200, 20))
+    assert torch.equal(x, of_test(16)(halves(200, 20)))
+    assert (x[:, :, 0] < -1).all() and (x[:, :, -1] > 1).all()
+    # A pixel of the short side of 20 becomes 17 / 20, of which the crop leaves 16 / 17.
+    black = (x[0] < 0).float().mean()
+    assert float(black) == pytest.approx(0.5, abs=0.07)
+
+
+@pytest.mark.parametrize(("mirror", "sides"), [(True, {-1, 1}), (False, {1})])
+def test_training_images_are_mirrored_only_if_asked(mirror, sides):
+    torch.manual_seed(0)
+    crops = [of_train(16, mirror)(halves()) for _ in range(30)]
+    slopes = {int((x[..., 8:].mean() - x[..., :8].mean()).sign()) for x in crops}
+    assert slopes - {0} == sides  # 0 where the crop holds but one half
+    assert len({float(x.mean()) for x in crops}) > 10  # cropped at random
+
+
+# Use, save, load
+
+
+def test_classify_tells_probabilities_highest_first(photos):
+    net, path = tiny_classifier().train(), photos / "red" / "3.png"
+    before = weights_of(net)
+    told = net.classify(path)
+    assert list(told.values()) == sorted(told.values(), reverse=True)
+    assert sum(told.values()) == pytest.approx(1)
+    assert same_weights(net.state_dict(), before)
+    x = of_test(16)(Image.open(path))[None]
+    with torch.no_grad():
+        chances = net.eval()(x).softmax(1)[0].tolist()
+    assert told == pytest.approx(dict(zip(COLOURS, chances, strict=True)))
+
+
+def odd(kind):
+    """An image that must not be converted carelessly."""
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    if kind == "transparent":
+        return Image.fromarray(noise)
+    if kind == "16 bits":
+        return Image.fromarray(noise[..., 0].astype(np.uint16) << 8)
+    return Image.fromarray(noise[..., :3])
+
+
+@pytest.mark.parametrize("kind", ["plain", "lying", "transparent", "16 bits"])
+def test_classify_takes_a_name_or_an_opened_image(tmp_path, kind):
+    """And sees the same in both."""
+    torch.manual_seed(0)
+    net, exif = Classifier(nn.Flatten(), ("a", "b"), 16, 3 * 16 * 16), Image.Exif()
+    if kind == "lying":
+        exif[0x0112] = 6
+    odd(kind).save(tmp_path / "x.png", exif=exif)
+    by_name = net.classify(str(tmp_path / "x.png"))
+    with Image.open(tmp_path / "x.png") as image:
+        assert net.classify(image) == pytest.approx(by_name)
+
+
+def test_classify_names_a_file_that_is_no_image(tmp_path):
+    net = tiny_classifier()
+    (tmp_path / "x.jpg").write_text("words")
+    told_in_one_line(lambda: net.classify(tmp_path / "x.jpg"), r"x\.jpg is no readable image")
+    told_in_one_line(lambda: net.classify(tmp_path / "y.jpg"), r"y\.jpg is no readable image")
+
+
+def test_saved_classifier_gives_the_same_answers(tmp_path):
+    torch.manual_seed(0)
+    net = Classifier(pretrained.body(None), ("a", "b", "c"), 32)
+    x = torch.randn(4, 3, 32, 32)
+    net.train()(x)  # moves the statistics
+    net.save(tmp_path / "x.pt")
+    torch.manual_seed(1)
+    loaded = classifier.load(tmp_path / "x.pt")
+    assert (loaded.classes, loaded.size, loaded.training) == (net.classes, 32, False)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), net.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ([1, 2], "holds no classifier: name the model.pt"),
+        ({"weights": {}, "size": 32}, "holds no classifier"),
+        ({"classes": list(COLOURS), "size": 16, "weights": tiny_classifier().state_dict()}, ""),
+    ],
+    ids=["list", "without names", "another body"],
+)
+def test_file_that_holds_no_classifier(tmp_path, content, sentence):
+    torch.save(content, tmp_path / "x.pt")
+    told_in_one_line(lambda: classifier.load(tmp_path / "x.pt"), rf"x\.pt .*{sentence}")
+
+
+def test_damaged_or_missing_classifier(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"half")
+    told_in_one_line(lambda: classifier.load(tmp_path / "x.pt"), r"x\.pt is damaged")
+    told_in_one_line(lambda: classifier.load(tmp_path / "y.pt"), r"y\.pt does not exist")
+
+
+# Batches and features
+
+
+def test_features_are_those_of_the_body(split):
+    net = tiny_classifier().train()
+    head = net.head
+    rows, labels = classifier.features(net, split.validation).tensors
+    assert net.head is head
+    assert net.training
+    assert labels.tolist() == split.validation.targets
+    with torch.no_grad():
+        x = torch.stack([of_test(16)(split.validation[k][0]) for k in range(6)])
+        torch.testing.assert_close(rows, net.body.eval()(x), atol=2e-2, rtol=2e-2)
+
+
+def test_last_batch_is_not_a_single_image(split):
+    """It has no variance; a validation batch needs none, so nothing is left out there."""
+    for part, shuffle, sizes in ((split.train, True, [17]), (split.train, False, [17, 1])):
+        loader = classifier.batches(part, 17, of_test(16), shuffle)
+        assert [len(y) for _, y in loader] == sizes
+    whole = classifier.batches(split.train, 18, of_test(16), True)
+    assert [len(y) for _, y in whole] == [18]
+
+
+# The test
+
+
+def six_answers():
+    """Six images of three classes, of which the second, third and last are wrong."""
+    chances = [
+        [0.7, 0.2, 0.1],
+        [0.6, 0.3, 0.1],
+        [0.8, 0.1, 0.1],
+        [0.1, 0.8, 0.1],
+        [0.2, 0.2, 0.6],
+        [0.1, 0.7, 0.2],
+    ]
+    labels, files = torch.tensor([0, 1, 1, 1, 2, 2]), tuple(f"{k}.png" for k in range(6))
+    return classifier.Tested(torch.tensor(chances), labels, files, ("a", "b", "c"))
+
+
+def test_numbers_of_the_test_by_hand():
+    t = six_answers()
+    assert (t.right, t.accuracy) == (3, 50)
+    assert t.interval == wilson95(3, 6)
+    assert t.confusion.tolist() == [[1, 0, 0], [2, 1, 0], [0, 1, 1]]
+    assert t.worst() == [2, 5, 1]  # 0.1, 0.2 and 0.3 for the true class
+    assert t.worst(2) == [2, 5]
+    assert str(t) == "50.0 % of 6 test images, 95 % interval 18.8 to 81.2"
+
+
+def test_class_that_is_never_answered_has_its_place_in_the_confusion():
+    t = replace(six_answers(), chances=torch.eye(3)[[0] * 6], labels=torch.zeros(6).long())
+    assert t.confusion.tolist() == [[6, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert t.worst() == []
+
+
+def test_test_is_what_the_classifier_says_of_each_file(split):
+    net = tiny_classifier()
+    t = classifier.test(net, split.test)
+    assert t.classes == tuple(COLOURS)
+    assert list(zip(t.files, t.labels.tolist(), strict=True)) == split.test.samples
+    for file, chances in zip(t.files, t.chances.tolist(), strict=True):
+        told = net.classify(file)
+        assert chances == pytest.approx([told[name] for name in COLOURS], abs=0.02)

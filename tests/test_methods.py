@@ -1,0 +1,99 @@
+"""Every method can be made and trained as its learner's file says, and a reader's own is found."""
+
+import re
+
+import pytest
+import torch
+from helpers import OWN_METHOD, own_method, told_in_one_line, train
+
+from metautils import methods
+from metautils.learners.base import Problem
+
+
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        (("protonet", "matching"), ((5, 1), (5, 5), (20, 1), (20, 5))),
+        (("relation",), ((5, 3), (20, 3))),
+        (("maml", "fomaml", "anil", "meta_sgd", "meta_lstm", "reptile"), ((4, 3),)),
+    ],
+)
+def test_settings_that_a_learner_is_tested_in(names, settings):
+    """Of one that was trained in 4 ways with 3 shots."""
+    assert all(methods.known()[name].tests(4, 3) == settings for name in names)
+
+
+@pytest.mark.parametrize("method", methods.known())
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_presets_are_sound(method, name):
+    """The real ones, with the real network, on images of the real size."""
+    made = methods.known()[method]
+    preset = made.presets[name]
+    assert preset.episodes >= 600
+    learner = made.make(Problem(torch.Size([1, 28, 28]), preset.ways, 12))
+    x = torch.rand(1, preset.ways * preset.shots, 1, 28, 28)
+    y = torch.arange(preset.ways).repeat(1, preset.shots)
+    predictions = learner.eval()(x, y, torch.rand(1, 2, 1, 28, 28))
+    assert predictions.shape == (1, 2, preset.ways)
+    assert predictions.isfinite().all()
+
+
+def test_every_learners_file_is_known():
+    names = set(methods.known())
+    assert {"protonet", "matching", "relation", "maml", "anil", "meta_lstm", "baseline"} <= names
+    assert all(set(method.presets) == {"quick", "full"} for method in methods.known().values())
+
+
+@pytest.mark.parametrize("name", methods.known())
+def test_known_method_is_found(name):
+    assert methods.find(name) is methods.known()[name]
+
+
+@pytest.mark.parametrize("name", ["protone", "", "mine", "Protonet"])
+def test_unknown_name_is_told_with_those_there_are(name):
+    sentence = f"^'{name}' is no method: name one of .*protonet.*, or a file .* such as ./mine.py.$"
+    told_in_one_line(lambda: methods.find(name), sentence)
+
+
+def test_method_in_a_file_of_the_readers_own(tmp_path):
+    path = own_method(tmp_path)
+    found = methods.find(str(path))
+    assert (found.title, found.any_ways) == ("Nearest mean", True)
+    learner = found.make(Problem(torch.Size([1, 8, 8]), 3, 12))
+    x, y = torch.rand(1, 3, 1, 8, 8), torch.arange(3)[None]
+    assert learner(x, y, x).argmax(-1).tolist() == [[0, 1, 2]]
+    assert path.name not in methods.known()
+
+
+OWN_FILES_THAT_ARE_NONE = pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        pytest.param(None, r"mine\.py does not exist: check the name", id="missing"),
+        pytest.param("x = 1", r"mine\.py lists 0 methods: give it one, METHODS", id="no METHODS"),
+        pytest.param("METHODS = {}", r"mine\.py lists 0 methods: give it one", id="empty"),
+        pytest.param(
+            f"{OWN_METHOD}\nMETHODS['second'] = METHODS['mine']\n",
+            r"mine\.py lists 2 methods: give it one",
+            id="two",
+        ),
+    ],
+)
+
+
+@OWN_FILES_THAT_ARE_NONE
+def test_file_without_a_method_is_told(tmp_path, text, sentence):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    told_in_one_line(lambda: methods.find(str(path)), sentence)
+
+
+@OWN_FILES_THAT_ARE_NONE
+def test_file_without_a_method_is_told_on_the_command_line(tmp_path, capsys, text, sentence):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    assert train(tmp_path / "run", method=str(tmp_path / "mine.py")) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"metautils: .*{sentence}.*\n", err)
+    assert not (tmp_path / "run").exists()

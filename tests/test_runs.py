@@ -1,0 +1,244 @@
+"""A method trained and tested by its name leaves a record; the same again gives the same."""
+
+import pytest
+import torch
+from helpers import again, blobs, own_method, read_json, small_glyphs, train
+
+from metautils import cli, data, methods, results
+from metautils.checkpoint import CHECKPOINT
+from metautils.data.bank import split_classes
+from metautils.sampling import EpisodeSampler
+
+KNOWN = methods.known().items()
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+
+def test_training_writes_a_whole_record(tmp_path, capsys):
+    assert train(tmp_path / "run", "--seed", "3") == 0
+    record = read_json(tmp_path / "run" / "record.json")
+    assert set(results.FIELDS) <= set(record)
+    expected = {
+        "method": "protonet", "learner": "distance=squared_euclidean",
+        "data": "glyphs", "tested_on": "glyphs",
+        "split": "classes", "classes": {"train": 6, "validation": 3, "test": 5},
+        "rotations": "classes", "seed": 3, "steps": 3, "preset": "quick",
+        "train": {"ways": 4, "shots": 1, "queries": 2, "tasks": 1, "transductive": False},
+    }  # fmt: skip
+    assert {name: record[name] for name in expected} == expected
+    # Five test classes turned are twenty, and eight images leave room for 5 shots, 3 queries.
+    rows = [(e["ways"], e["shots"], e["queries"], e["episodes"]) for e in record["evaluations"]]
+    assert rows == [(5, 1, 3, 3), (5, 5, 3, 3), (20, 1, 3, 3), (20, 5, 3, 3)]
+    told = capsys.readouterr().out
+    assert len(record["baseline"]) == 4
+    assert not any(e["transductive"] for e in record["evaluations"] + record["baseline"])
+    for e in record["evaluations"] + record["baseline"]:
+        line = f"{e['ways']}-way {e['shots']}-shot: {e['accuracy']:.2f} ± {e['ci95']:.2f} %"
+        assert line in told
+    assert str(tmp_path / "run" / "record.json") in told
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {CHECKPOINT, "record.json"}
+
+
+def test_same_command_again_gives_the_same_numbers(tmp_path):
+    """The first run resumed, and another in a fresh folder, end where the first ended."""
+    runs = []
+    for out in ("a", "a", "b"):
+        assert train(tmp_path / out) == 0
+        runs.append(read_json(tmp_path / out / "record.json"))
+    for run in runs:
+        del run["minutes"]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_folder_of_photos(tmp_path, many_classes):
+    assert train(tmp_path, "--data", str(many_classes)) == 0
+    record = read_json(tmp_path / "record.json")
+    assert record["data"] == str(many_classes)
+    assert record["classes"] == {"train": 16, "validation": 4, "test": 5}
+    assert record["rotations"] == "none"
+    assert [(e["ways"], e["shots"]) for e in record["evaluations"]] == [(5, 1), (5, 5)]
+    assert {e["queries"] for e in record["evaluations"]} == {1}
+
+
+@pytest.mark.parametrize("rotations", ["none", "classes", "episode"])
+def test_evaluate_scores_again(tmp_path, rotations, capsys):
+    train(tmp_path)
+    trained = read_json(tmp_path / "record.json")
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(tmp_path), "--rotations", rotations, "--device", "cpu"]) == 0
+    second = read_json(tmp_path / f"record-glyphs-{rotations}.json")
+    assert capsys.readouterr().out.startswith("trained\n  5-way 1-shot: ")
+    assert {e["rotations"] for e in second["evaluations"] + second["baseline"]} == {rotations}
+    same = set(second) - {"evaluations", "baseline"}
+    assert {name: second[name] for name in same} == {name: trained[name] for name in same}
+    if rotations == "classes":
+        assert second == trained
+    else:
+        assert [e["ways"] for e in second["evaluations"]] == [5, 5]
+    assert read_json(tmp_path / "record.json") == trained
+
+
+def test_evaluate_uses_the_trained_weights(tmp_path):
+    train(tmp_path)
+    command = ["evaluate", str(tmp_path), "--rotations", "classes", "--device", "cpu"]
+    assert cli.main(command) == 0
+    path = tmp_path / "record-glyphs-classes.json"
+    first = read_json(path)["evaluations"]
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    state["best"] = {name: torch.zeros_like(x) for name, x in state["best"].items()}
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert cli.main(command) == 0
+    assert {e["accuracy"] for e in read_json(path)["evaluations"]} == {20.0, 5.0}
+    assert read_json(path)["evaluations"] != first
+
+
+def test_baseline_compares_class_means_of_the_pixels(tmp_path):
+    train(tmp_path)
+    baseline = read_json(tmp_path / "record.json")["baseline"]
+    sampler = EpisodeSampler(small_glyphs().test.with_rotations(), 5, 5, 3)
+    right = []
+    for _ in range(3):
+        e = sampler.sample()
+        means = e.support_x[0].flatten(1).view(5, 5, -1).mean(1)
+        nearest = torch.cdist(e.query_x[0].flatten(1), means).argmin(1)
+        right.append(100 * float((nearest == e.query_y[0]).float().mean()))
+    assert (baseline[1]["ways"], baseline[1]["shots"]) == (5, 5)
+    assert baseline[1]["accuracy"] == pytest.approx(sum(right) / 3, abs=1e-3)
+
+
+def test_evaluate_on_another_set(tmp_path):
+    train(tmp_path)
+    command = ["evaluate", str(tmp_path), "--data", "digits", "--device", "cpu"]
+    assert cli.main(command) == 0
+    record = read_json(tmp_path / "record-digits-none.json")
+    assert (record["data"], record["tested_on"]) == ("glyphs", "digits")
+    rows = [(e["ways"], e["shots"], e["queries"]) for e in record["evaluations"]]
+    assert rows == [(5, 1, 15), (5, 5, 15)]
+
+
+ADAPTING = pytest.mark.parametrize(
+    "method", [n for n, m in methods.known().items() if not m.any_ways]
+)
+
+
+@ADAPTING
+def test_learner_that_adapts(tmp_path, method, capsys):
+    """Trained and tested with as many classes and images as asked for, and inductively anew."""
+    assert train(tmp_path, "--ways", 3, "--shots", 2, method=method) == 0
+    record = read_json(tmp_path / "record.json")
+    assert set(results.FIELDS) <= set(record)
+    assert record["method"] == method
+    assert record["rotations"] == "episode"
+    sizes = {"ways": 3, "shots": 2, "queries": 2, "tasks": 2}
+    together = method != "meta_lstm"  # whose queries never help one another in a test
+    assert record["train"] == sizes | {"transductive": together}
+    assert "steps=" in record["learner"]
+    assert ("transductive=True" in record["learner"]) == together
+    rows = [(e["ways"], e["shots"], e["queries"], e["episodes"]) for e in record["evaluations"]]
+    assert rows == [(3, 2, 6, 3)]
+    assert [e["transductive"] for e in record["evaluations"]] == [together]
+    assert [e["transductive"] for e in record["baseline"]] == [False]
+    how = ", transductive" if together else ""
+    assert f"3-way 2-shot{how}: " in capsys.readouterr().out
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["best"]["net.head.weight"].shape == (3, 4)
+
+    assert again(tmp_path, "--rotations", "episode") == 0
+    same = read_json(tmp_path / "record-glyphs-episode.json")
+    assert same["evaluations"] == record["evaluations"]
+    assert again(tmp_path, "--rotations", "episode", "--inductive") == 0
+    other = read_json(tmp_path / "record-glyphs-episode-inductive.json")
+    assert [e["transductive"] for e in other["evaluations"]] == [False]
+    assert other["baseline"] == record["baseline"]
+    assert other["evaluations"][0]["ways"] == 3
+    assert "3-way 2-shot: " in capsys.readouterr().out
+
+
+COMPARING = pytest.mark.parametrize("method", [name for name, m in KNOWN if m.any_ways])
+
+
+@COMPARING
+@pytest.mark.parametrize("shots", [1, 2])
+def test_learner_that_compares(tmp_path, method, shots):
+    """Tested in other ways than trained with, and where it may be, with other shots."""
+    assert train(tmp_path, "--ways", 3, "--shots", shots, method=method) == 0
+    record = read_json(tmp_path / "record.json")
+    assert set(results.FIELDS) <= set(record)
+    assert (record["method"], record["rotations"]) == (method, "classes")
+    sizes = {"ways": 3, "shots": shots, "queries": 2, "tasks": 1}
+    assert record["train"] == sizes | {"transductive": False}
+    told = {
+        "protonet": "distance=squared_euclidean",
+        "matching": "scale=10.0",
+        "relation": "objective=task_loss",
+    }
+    told |= {"baseline": "fit=linear_head", "baseline_pp": "fit=cosine_head"}
+    told |= dict.fromkeys(["centroid", "resnet50"], "fit=nearest_centroid")
+    assert record["learner"] == told[method]
+    expected = [(5, 1), (5, 5), (20, 1), (20, 5)]
+    if method == "relation":
+        expected = [(5, shots), (20, shots)]
+    for rows in (record["evaluations"], record["baseline"]):
+        assert [(e["ways"], e["shots"]) for e in rows] == expected
+        assert not any(e["transductive"] for e in rows)
+
+
+@COMPARING
+def test_learner_that_compares_is_evaluated_again(tmp_path, method):
+    """On the same episodes with the same end; upright, five classes allow 5 ways only."""
+    train(tmp_path, "--shots", 2, method=method)
+    record = read_json(tmp_path / "record.json")
+    assert again(tmp_path, "--rotations", "classes") == 0
+    assert read_json(tmp_path / "record-glyphs-classes.json") == record
+    assert again(tmp_path) == 0
+    rows = read_json(tmp_path / "record-glyphs-none.json")["evaluations"]
+    shots = [2] if method == "relation" else [1, 5]
+    assert [(e["ways"], e["shots"]) for e in rows] == [(5, k) for k in shots]
+
+
+def test_relation_on_photos(tmp_path, many_classes):
+    """In colour, and on maps of 21x21."""
+    assert train(tmp_path, "--data", str(many_classes), "--shots", 2, method="relation") == 0
+    record = read_json(tmp_path / "record.json")
+    assert [(e["ways"], e["shots"]) for e in record["evaluations"]] == [(5, 2)]
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["best"]["relate.rest.8.weight"].shape == (8, 4 * 5 * 5)
+
+
+def test_training_inductively(tmp_path):
+    assert train(tmp_path, "--inductive", method="maml") == 0
+    record = read_json(tmp_path / "record.json")
+    assert "transductive=False" in record["learner"]
+    assert [(e["ways"], e["transductive"]) for e in record["evaluations"]] == [(4, False)]
+
+
+@pytest.mark.parametrize("method", ["protonet", "maml"])
+def test_ways_and_shots_of_training(tmp_path, method):
+    assert train(tmp_path, "--ways", 2, "--shots", 3, method=method) == 0
+    trained = read_json(tmp_path / "record.json")["train"]
+    assert (trained["ways"], trained["shots"]) == (2, 3)
+
+
+def test_few_test_classes_make_one_task_of_all(tmp_path, monkeypatch):
+    few = split_classes(blobs(classes=8, size=16), (4, 2, 2))
+    monkeypatch.setattr(data.folder, "load", lambda path, seed: few)
+    assert train(tmp_path / "run", "--data", str(tmp_path)) == 0
+    rows = [
+        (e["ways"], e["shots"]) for e in read_json(tmp_path / "run" / "record.json")["evaluations"]
+    ]
+    assert rows == [(2, 1), (2, 5)]
+
+
+def test_method_of_the_readers_own(tmp_path, monkeypatch):
+    """Trained from `./mine.py`; the same file is found again to go on with, and to evaluate."""
+    monkeypatch.chdir(own_method(tmp_path).parent)
+    for _ in range(2):
+        assert train("run", method="./mine.py") == 0
+    record = read_json(tmp_path / "run" / "record.json")
+    assert (record["method"], record["rotations"], record["steps"]) == ("./mine.py", "episode", 3)
+    # Images are turned in each episode, so that the five test classes stay five.
+    assert [(e["ways"], e["shots"]) for e in record["evaluations"]] == [(5, 1)]
+    assert again("run", "--rotations", "episode") == 0
+    assert read_json(tmp_path / "run" / "record-glyphs-episode.json") == record
+    state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert state["settings"]["learner"] == "Mine(distance=squared_euclidean)"
