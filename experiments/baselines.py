@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Experiment, told
 from torch import nn
 
 from metautils import data
@@ -30,6 +29,7 @@ from metautils.learners.protonet import ProtoNet
 from metautils.nets import BatchNorm, Conv4, classifier
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
+from records import Experiment, told
 
 WAYS, QUERIES = 5, 15  # of the test
 Made = tuple[Learner, tuple[int, int, int, int]]  # and ways, shots, queries, tasks of its training

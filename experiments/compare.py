@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Experiment
 from torch import nn
 
 from metautils import data
@@ -24,6 +23,7 @@ from metautils.learners.relation_net import RelationModule, RelationNet
 from metautils.nets import Conv4
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
+from records import Experiment
 
 SQUARES = "Relation, squared error"
 

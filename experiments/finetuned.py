@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Experiment, told
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import trange
@@ -25,6 +24,7 @@ from metautils.evaluate import evaluate
 from metautils.files import load_safely, save_atomically
 from metautils.learners.meta_lstm import MetaLSTM
 from metautils.nets import Conv4, classifier
+from records import Experiment, told
 
 
 class FineTuned(MetaLSTM):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import RUNS, Experiment, told
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +26,7 @@ from metautils.learners.base import Problem
 from metautils.learners.meta_lstm import MetaLSTM
 from metautils.runs import RECORD
 from metautils.sampling import EpisodeSampler
+from records import RUNS, Experiment, told
 
 Gates = dict[str, dict[str, Tensor]]  # "f" or "i", tensor: (tasks, steps)
 

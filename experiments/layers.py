@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import RUNS, Experiment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from metautils.learners.maml import MAML
 from metautils.learners.protonet import ProtoNet, cosine, squared_euclidean
 from metautils.runs import RECORD
 from metautils.sampling import EpisodeSampler
+from records import RUNS, Experiment
 
 
 def inside(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Experiment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ from metautils.files import save_atomically
 from metautils.learners.learned_optimizer import FLOOR, FromScratch, LSTMOptimizer
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
+from records import Experiment
 
 FIXED = {
     "SGD": SGD,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import RUNS, Experiment
 
 from metautils import methods, runs
+from records import RUNS, Experiment
 
 TINY = {"steps": 2, "ways": 2, "tasks": 1, "queries": 1, "episodes": 2}
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import RUNS, Experiment
 
 from metautils import pretrained
 from metautils.checkpoint import CHECKPOINT
@@ -23,6 +22,7 @@ from metautils.data.labelled import Split
 from metautils.evaluate import wilson95
 from metautils.files import DataError, data_folder, write_json
 from metautils.finetune import Recipe, stage_one, stage_two
+from records import RUNS, Experiment
 
 METHODS = ("from scratch", "linear probe", "fine-tuned", "fine-tuned, L2-SP")
 Found = dict[str, dict[str, float]]  # method: images right, minutes
