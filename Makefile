@@ -5,7 +5,11 @@ READY := .venv/.ready
 PINS := requirements.txt constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book test notebooks sync lint bench pins clean
+.PHONY: help book test check seeds notebooks sync lint records bench pins clean
+
+# Tests run side by side, each process with one thread, so that they do not wait for one another.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+  --no-loadscope-reorder
 
 help:  ## list the verbs
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -14,7 +18,13 @@ book: $(READY)  ## build the site and say where it is
 	@$(BIN)/python tools/book.py
 
 test: $(READY)  ## run every check: code, notebooks, site, links, browser
-	$(BIN)/python -m pytest --nbval tests notebooks
+	$(PYTEST) --nbval notebooks tests
+
+check: $(READY)  ## the quick part: style, unit tests, pairing; no notebook is run, no site built
+	$(PYTEST) -m "not book" tests
+
+seeds: $(READY)  ## run every chapter at other seeds: SEEDS="1 2 3"
+	SEEDS="$(or $(SEEDS),1)" $(PYTEST) --dist load -k another_seed tests/test_notebooks.py
 
 notebooks: $(READY)  ## execute every chapter: book/NN_*.md -> notebooks/NN_*.ipynb
 	@$(BIN)/python tools/notebooks.py run
@@ -24,6 +34,9 @@ sync: $(READY)  ## carry edits of the text into the notebooks, executing only wh
 
 lint: $(READY)  ## check the style of the code
 	$(BIN)/ruff check .
+
+records: $(READY)  ## list the records to make anew; MINUTES=90 makes those that fit
+	@$(BIN)/python experiments/records.py $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: $(READY)  ## measure speed, beside peers
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done

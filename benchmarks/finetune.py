@@ -22,8 +22,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from metautils import finetune, pretrained, results
+from metautils.classifier import Classifier
 from metautils.data import labelled
-from metautils.finetune import Classifier, Recipe
+from metautils.files import write_json
+from metautils.finetune import Recipe
 
 ROUNDS, EPOCHS, BATCH = 5, 10, 32
 
@@ -120,5 +122,5 @@ record = {
     ],
     **made,
 }
-results.write_json(record, results.folder() / "speed_finetune.json")
+write_json(record, results.folder() / "speed_finetune.json")
 print(*results.tables("speed_finetune").values())

@@ -67,8 +67,8 @@ def ours(kind, net, steps=STEPS, **options):
 
     def meta_step(e):
         learner.zero_grad()
-        for part in e.parts(learner.tasks_at_once):
-            (learner.meta_loss(part)[0] * part.tasks / e.tasks).backward()
+        for loss, *_ in learner.pieces(e):
+            loss.backward()
 
     return meta_step
 

@@ -481,7 +481,9 @@ def trained(unrolls: int) -> FromScratch:
     torch.manual_seed(0)
     learner = FromScratch(partial(quadratic, torch.float32), LSTMOptimizer(), STEPS, TRUNCATION)
     sampler = QuadraticSampler(device=DEVICE)
-    meta_train(learner.to(DEVICE), sampler, unrolls, lr=0.01, progress=False)
+    meta_train(
+        learner.to(DEVICE), sampler, unrolls, lr=0.01, progress=False, clip=1.0, each_piece=True
+    )
     learner.make = partial(quadratic, torch.float64)
     return learner.double()
 

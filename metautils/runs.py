@@ -133,7 +133,7 @@ def evaluate_again(
     learner = _learner(method, parts.test, trained["ways"], helped, classes, record["seed"])
     learner = learner.to(device)
     load_weights(learner, run / CHECKPOINT)
-    episodes = method.presets[record["preset"]].episodes
+    episodes = record["evaluations"][0]["episodes"]
     asked = method.tests(trained["ways"], trained["shots"])
     record |= {
         "learner": learner.extra_repr(),

@@ -17,9 +17,13 @@ import pytest
 
 import notebooks
 
-pytestmark = pytest.mark.skipif(
-    os.name != "posix" or not shutil.which("git"), reason="the first cell needs git, as on Colab"
-)
+pytestmark = [
+    pytest.mark.book,
+    pytest.mark.skipif(
+        os.name != "posix" or not shutil.which("git"),
+        reason="the first cell needs git, as on Colab",
+    ),
+]
 IGNORED = (".git", ".venv", "_build", "__pycache__", "runs", "dist", "node_modules", ".*_cache")
 FILES = ("metautils", "records", "numpy", "torch")
 RUN_CELL = """
@@ -106,6 +110,27 @@ def cell(tmp_path: Path) -> Path:
     path = tmp_path / "cell.py"
     path.write_text(notebooks.code_cells(notebook)[0].source)
     return path
+
+
+def install_another(environment: Path) -> None:
+    """The package of the same name that the registry has, as pip would leave it."""
+    packages = packages_of(environment)
+    (packages / "metautils").mkdir()
+    (packages / "metautils" / "__init__.py").write_text("")
+    told = packages / "metautils-0.0.1.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: metautils\nVersion: 0.0.1\n")
+    (told / "INSTALLER").write_text("pip\n")
+    files = ("metautils/__init__.py", *(f"{told.name}/{x}" for x in ("METADATA", "INSTALLER")))
+    (told / "RECORD").write_text("".join(f"{file},,\n" for file in (*files, f"{told.name}/RECORD")))
+
+
+def test_another_package_of_the_same_name_gives_way(run, cell: Path, bare: Path):
+    """In the same session, though its module was loaded before ours was there."""
+    install_another(bare)
+    assert run("import metautils").returncode == 0
+    done = run(RUN_CELL + "from metautils.episode import Episode", cell)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_first_cell_installs_metautils_and_nothing_else(run, cell: Path, bare: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_first_cells_install_on_colab_and_hold_the_parameters(text: Path):
 
 @each_chapter
 def test_takes_no_longer_than_promised(text: Path):
-    assert stored(text).metadata.metautils.run_seconds <= 90
+    assert stored(text).metadata.metautils.run_seconds <= 150
 
 
 @each_chapter
@@ -123,12 +124,20 @@ def test_no_file_is_too_large(text: Path):
     assert notebooks.notebook_of(text).stat().st_size < 2_000_000
 
 
-@each_chapter
-def test_holds_for_another_seed(text: Path, tmp_path: Path):
+# Every chapter at several seeds takes long: the weekly run does it by SEEDS="1 2 3".
+SEEDS = os.environ.get("SEEDS", "").split()
+OTHER_RUNS = [(text, int(seed)) for text in CHAPTERS for seed in SEEDS] or [(CHAPTERS[0], 1)]
+
+
+@pytest.mark.book
+@pytest.mark.parametrize(
+    ("text", "seed"), OTHER_RUNS, ids=[f"{text.stem}-{seed}" for text, seed in OTHER_RUNS]
+)
+def test_holds_for_another_seed(text: Path, seed: int, tmp_path: Path):
     papermill.execute_notebook(
         notebooks.notebook_of(text),
         tmp_path / "other.ipynb",
-        parameters={"seed": 1},
+        parameters={"seed": seed},
         kernel_name="python3",
         cwd=tmp_path,
         progress_bar=False,

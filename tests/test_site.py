@@ -22,6 +22,8 @@ import book
 import notebooks
 import portable
 
+pytestmark = pytest.mark.book
+
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
 VIEWS = {"desktop": (1280, 900), "phone": (390, 844)}
@@ -34,6 +36,13 @@ def read(path: Path) -> BeautifulSoup:
     return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
 
 
+@functools.cache
+def anchors(path: Path) -> set[str]:
+    """What a link into this page can name."""
+    tags = read(path).select("[id], [name]")
+    return {tag[key] for tag in tags for key in ("id", "name") if tag.has_attr(key)}
+
+
 def broken_links(site: Path, path: Path) -> Iterator[str]:
     """Links of one page to files or anchors of the site that are not there."""
     for tag in read(path).select("[href], [src]"):
@@ -43,10 +52,8 @@ def broken_links(site: Path, path: Path) -> Iterator[str]:
         target = (path.parent / unquote(link.path)).resolve() if link.path else path
         if not target.exists() or not target.is_relative_to(site.resolve()):
             yield f"{path.name}: no file {link.path}"
-        elif link.fragment and target.suffix == ".html":
-            anchor = unquote(link.fragment)
-            if not read(target).find(id=anchor) and not read(target).find(attrs={"name": anchor}):
-                yield f"{path.name}: no anchor {link.path}#{link.fragment}"
+        elif link.fragment and unquote(link.fragment) not in anchors(target):
+            yield f"{path.name}: no anchor {link.path}#{link.fragment}"
 
 
 def test_no_link_inside_the_site_is_dead(site: Path):
@@ -118,7 +125,7 @@ def test_links_of_a_notebook_lead_into_the_site(site: Path, text: Path):
     assert own and not [link for link in links if not link.startswith("https://")]
     for link in own:
         assert (site / link.path).is_file(), link.path
-        assert not link.fragment or read(site / link.path).find(id=unquote(link.fragment)), link
+        assert not link.fragment or unquote(link.fragment) in anchors(site / link.path), link
 
 
 @each_chapter
@@ -167,6 +174,60 @@ def test_the_repository_address_is_written_once():
         if path.is_file() and address in path.read_text(encoding="utf-8", errors="ignore")
     ]
     assert written == ["_config.yml"]
+
+
+def read_by_people() -> Iterator[tuple[str, str]]:
+    """The name and the text of each page of the book, and of the README."""
+    for path in (*sorted((ROOT / "book").glob("*.md")), ROOT / "README.md"):
+        yield path.name, path.read_text(encoding="utf-8")
+
+
+# "chapter 4", "chapters 2", the file "chapter4.ipynb"; and a line of a drawing, ">4 Prototypical".
+TYPED = re.compile(r"\b[Cc]hapters?(?:[ -]|\n)?\d+|<text[^>]*>\s*\d+\.?\s+[A-Z]\w*")
+
+
+def typed_numbers(text: str) -> list[str]:
+    """Where a text counts chapters, which change their places: it links them by title instead."""
+    found = [" ".join(match[0].split()) for match in TYPED.finditer(text)]
+    column = None
+    for line in text.splitlines():
+        cells = [re.sub(r"`[^`]*`", "", cell).strip() for cell in line.split("|")]
+        if len(cells) < 3:
+            column = None
+        elif column is None:
+            column = next((k for k, c in enumerate(cells) if c.lower() == "chapter"), len(cells))
+        elif column < len(cells) and re.search(r"\d", cells[column]):
+            found.append(cells[column])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("You can read chapter 1, {doc}`../notebooks/01_concepts`.", ["chapter 1"]),
+        ("After it, chapters 2 and 4 can be read.", ["chapters 2"]),
+        ("Chapters\n7 to 9 come after those.", ["Chapters 7"]),
+        ("papermill notebooks/02_maml.ipynb chapter4-mine.ipynb", ["chapter4"]),
+        ('<text x="20">4 Prototypical Networks</text>', ['<text x="20">4 Prototypical']),
+        ("| what | chapter |\n|---|---|\n| a 2 | 4, {doc}`P <06_p>`; 5 |", ["4, {doc}; 5"]),
+        ("| what | chapter |\n|---|---|\n| a 2 | {doc}`P <06_p>` |", []),
+        ("| chapter |\n|---|\n\n| n |\n|---|\n| 4 |", []),
+        ('<text x="82" y="384">0</text>', []),
+        ("## Add a chapter\n\n1. Write it.", []),
+        ("After this chapter, the next chapter: {doc}`02_maml`, in 30 seconds.", []),
+    ],
+)
+def test_the_check_finds_typed_numbers_of_chapters(text: str, found: list[str]):
+    assert typed_numbers(text) == found
+
+
+def test_chapters_are_linked_by_title_and_not_counted():
+    typed = {name: numbers for name, text in read_by_people() if (numbers := typed_numbers(text))}
+    assert typed == {}
+
+
+def test_what_is_in_preparation_is_told_on_one_page():
+    assert [n for n, text in read_by_people() if "in preparation" in text.lower()] == ["intro.md"]
 
 
 @pytest.fixture(scope="session")

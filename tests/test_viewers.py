@@ -23,6 +23,8 @@ from playwright.sync_api import Browser, Page, Route
 import notebooks
 from notebooks import stored
 
+pytestmark = pytest.mark.book
+
 each_chapter = pytest.mark.parametrize("text", notebooks.chapters(), ids=lambda text: text.stem)
 
 

@@ -1,10 +1,33 @@
-"""Sphinx extension: in a docstring, |x| is a norm, not the name of a substitution."""
+"""Sphinx extension: the reference lists every learner, and |x| in a docstring is a norm."""
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+
+LEARNERS = Path(__file__).resolve().parents[1] / "metautils" / "learners"
+SECTION = """## {title}
+
+```{{eval-rst}}
+.. automodule:: metautils.learners.{name}
+   :members:
+```
+"""
+
+
+def list_learners(app: Sphinx, page: str, source: list[str]) -> None:
+    """A section for each file of learners, titled by what its first line names."""
+    if "@LEARNERS@" in source[0]:
+        sections = [
+            SECTION.format(title=ast.get_docstring(ast.parse(path.read_text())).split(" (")[0],
+                           name=path.stem)
+            for path in sorted(LEARNERS.glob("[a-z]*.py"))
+            if path.stem != "base"
+        ]  # fmt: skip
+        source[0] = source[0].replace("@LEARNERS@", "\n".join(sections))
 
 
 def escape_bars(
@@ -20,5 +43,6 @@ def escape_bars(
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Come after napoleon, which turns sections such as Args into fields."""
+    app.connect("source-read", list_learners)
     app.connect("autodoc-process-docstring", escape_bars, priority=600)
     return {"parallel_read_safe": True}

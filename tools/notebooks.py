@@ -198,7 +198,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("verb", choices=["run", "sync"])
-    parser.add_argument("names", nargs="*", help="how the names of chapters start, such as 04")
+    parser.add_argument("names", nargs="*", help="how the names of chapters start, such as 06")
     arguments = parser.parse_args()
     texts = chapters(arguments.names)
     for text in texts:

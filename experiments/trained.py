@@ -1,0 +1,61 @@
+"""Methods of the package at the scale of their papers: train, test, and test elsewhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metautils import methods, runs
+from records import RUNS, Experiment
+
+TINY = {"steps": 2, "ways": 2, "tasks": 1, "queries": 1, "episodes": 2}
+
+
+def trained(
+    out: Path, device: torch.device, *, method: str, source: str, seed: int, preset: dict[str, Any]
+) -> dict[str, Any]:
+    """A method with these numbers in place of its preset's."""
+    return runs.train(
+        method, source, out, preset="full", seed=seed, device=device,
+        validation_episodes=min(100, preset["episodes"]), **preset,
+    )  # fmt: skip
+
+
+def tested(out: Path, device: torch.device, *, run: str, **how: Any) -> dict[str, Any]:
+    """Another test of a training."""
+    path = runs.evaluate_again(RUNS / run, device=device, **how)
+    return json.loads(path.read_text())
+
+
+def _trained(method: str, source: str, minutes: float, **changed: int) -> Experiment:
+    """The full preset, but for the numbers that are changed."""
+    preset = asdict(methods.known()[method].presets["full"]) | changed
+    settings = {"method": method, "source": source, "seed": 0, "preset": preset}
+    return Experiment(trained, settings, minutes, {"source": "glyphs", "preset": preset | TINY})
+
+
+def _tested(
+    run: str, minutes: float = 1, tiny: dict[str, Any] | None = None, **how: Any
+) -> Experiment:
+    return Experiment(tested, {"run": run, **how}, minutes, tiny or {}, after=(run,))
+
+
+EXPERIMENTS = {
+    "protonet_glyphs": _trained("protonet", "glyphs", 10),
+    "protonet_omniglot": _trained("protonet", "omniglot", 7),
+    "matching_omniglot": _trained("matching", "omniglot", 25),
+    "relation_omniglot": _trained("relation", "omniglot", 45),
+    "maml_omniglot": _trained("maml", "omniglot", 60),
+    "meta_lstm_omniglot_5w1s": _trained("meta_lstm", "omniglot", 55),
+    "meta_lstm_omniglot_5w5s": _trained("meta_lstm", "omniglot", 110, shots=5),
+    "resnet50_cifar_fs": _trained("resnet50", "cifar_fs", 85),
+    "protonet_glyphs_on_omniglot": _tested(
+        "protonet_glyphs", tiny={"source": "glyphs"}, source="omniglot", split="background"
+    ),
+    "protonet_omniglot_rotated_per_episode": _tested("protonet_omniglot", rotations="episode"),
+    "maml_omniglot_inductive": _tested("maml_omniglot", rotations="episode", transductive=False),
+}

@@ -1,0 +1,108 @@
+"""Every experiment runs, at a tiny size, and tells when its record is out of date."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, blobs
+from PIL import Image
+
+from metautils import data, results
+from metautils.data.bank import split_classes
+from metautils.runs import RECORD
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import records
+
+EXPERIMENTS = records.known()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """An empty folder to work in, with photographs, and small glyphs in place of all drawings."""
+    root = tmp_path_factory.mktemp("experiments")
+    random = np.random.default_rng(0)
+    for part, images in (("train", 8), ("test", 4)):
+        for name in ("cat", "dog"):
+            folder = root / "data" / "dogs-vs-cats" / part / name
+            folder.mkdir(parents=True)
+            for k in range(images):
+                pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+    drawings = blobs(classes=18, images=21, size=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("METAUTILS_DATA", str(root / "data"))
+        patch.setattr(data.glyphs, "load", lambda seed=0: split_classes(drawings, (8, 5, 5)))
+        patch.setattr(results, "folder", lambda: root / "results")
+        yield root
+
+
+def run(name):
+    """The record of an experiment at its tiny size, and of those that it reads first."""
+    experiment = EXPERIMENTS[name]
+    for other in experiment.after:
+        if not (records.RUNS / other / RECORD).exists():
+            run(other)
+    records.run(name, experiment, torch.device("cpu"), experiment.tiny)
+    return json.loads((results.folder() / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_runs(place, name):
+    record = run(name)
+    assert record["settings"] == EXPERIMENTS[name].settings | EXPERIMENTS[name].tiny
+    assert {"device", "threads", "torch", "commit"} <= record.keys()
+    if "tables" in record:
+        assert record["what"]
+        for table in record["tables"]:
+            assert table["rows"]
+            assert {len(row) for row in table["rows"]} == {len(table["heads"])}
+        assert results.tables(name)
+    else:
+        assert set(results.FIELDS) <= record.keys()
+        assert record["evaluations"]
+        assert record["baseline"]
+    # A record of other settings is told, with one of them.
+    tiny, told = EXPERIMENTS[name].tiny, records.state(name, EXPERIMENTS[name])
+    assert told.split("=")[0].removeprefix("made with ") in tiny if tiny else told is None
+
+
+def test_same_command_again_goes_on(place, capsys):
+    """What is finished is not done anew, and the record is the same."""
+    first = run("protonet_omniglot")
+    again = run("protonet_omniglot")
+    assert again == first
+
+
+def test_records_of_the_book_are_those_of_todays_experiments(monkeypatch):
+    """Or the list says why not; nothing is missing."""
+    monkeypatch.setattr(results, "folder", lambda: ROOT / "results")
+    told = {name: records.state(name, each) for name, each in EXPERIMENTS.items()}
+    assert "missing" not in told.values()
+    odd = {name: why for name, why in told.items() if why}
+    assert odd == {"meta_lstm_omniglot_5w5s": "made with stopped_at=5000, not None"}
+
+
+def test_listing_and_a_budget_of_minutes(monkeypatch, capsys, tmp_path):
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "folder", lambda: tmp_path)
+    monkeypatch.setattr(records, "run", lambda name, *rest: ran.append(name))
+    assert records.main(["--device", "cpu"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}: missing" in listed for name in EXPERIMENTS)
+    assert listed.count("\n") == len(EXPERIMENTS) + 1
+    assert records.main(["--device", "cpu", "--minutes", "9"]) == 0
+    # What reads a run that is not there needs that run first, and its minutes.
+    assert ran == ["protonet_omniglot", "protonet_omniglot_rotated_per_episode"]
+    del ran[:]
+    assert records.main(["inside_maml", "--device", "cpu"]) == 0
+    assert ran == ["maml_omniglot", "inside_maml"]
+
+
+def test_unknown_name_is_told(capsys):
+    assert records.main(["nothing"]) == 2
+    assert "no experiment 'nothing'; there are: " in capsys.readouterr().out
