@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
@@ -190,9 +189,9 @@ class Tested:
     @property
     def confusion(self) -> Tensor:
         """Images of each true class (row) that got each answer (column), `(classes, classes)`."""
-        answers = self.chances.argmax(1).tolist()
-        known = range(len(self.classes))
-        return torch.from_numpy(confusion_matrix(self.labels.tolist(), answers, labels=known))
+        classes = len(self.classes)
+        pairs = classes * self.labels + self.chances.argmax(1)  # (n,), a number for each pair
+        return pairs.bincount(minlength=classes**2).view(classes, classes)
 
     def worst(self, count: int = 8) -> list[int]:
         """Wrong answers, by row, those first that gave the true class the least probability."""

@@ -78,7 +78,7 @@ class ClassBank:
 
     @property
     def digest(self) -> str:
-        """Tells this bank from others: of the images and of which class each belongs to."""
+        """Sixteen digits that differ where an image, a name or the class of an image differs."""
         found = hashlib.sha256(repr((tuple(self.images.shape), self.names)).encode())
         for x in (self.counts, self.images):
             found.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # (bytes,)
