@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -47,10 +48,13 @@ def find(name: str) -> Method:
 def _from_file(path: Path) -> Method:
     if not path.is_file():
         raise DataError(f"{path} does not exist: check the name of the file.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    # A name that hides no other module, under which a dataclass of the file finds its own.
+    spec = importlib.util.spec_from_file_location(f"_own_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    methods = list(getattr(module, "METHODS", {}).values())
+    listed = getattr(module, "METHODS", {})
+    methods = list(listed.values()) if isinstance(listed, dict) else []
+    methods = [each for each in methods if isinstance(each, Method)]
     if len(methods) != 1:
         raise DataError(
             f'{path} lists {len(methods)} methods: give it one, METHODS = {{"mine": Method(...)}}, '

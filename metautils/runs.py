@@ -58,9 +58,11 @@ def train(
 
     Raises:
         DataError: if the data cannot be had.
-        ValueError: if they are too few for the method.
+        ValueError: if they are too few for the method, or it has no such preset.
     """
     method, made_by = methods.find(name), results.provenance(torch.device(device))
+    if preset not in method.presets:
+        raise ValueError(f"{name} has no preset {preset!r}, only {', '.join(method.presets)}.")
     parts = data.load(source, seed, split)
     for part, bank in zip(Parts._fields, parts, strict=True):
         if not len(bank):

@@ -1,6 +1,8 @@
 """Every method can be made and trained as its learner's file says, and a reader's own is found."""
 
+import json
 import re
+import sys
 
 import pytest
 import torch
@@ -65,11 +67,22 @@ def test_method_in_a_file_of_the_readers_own(tmp_path):
     assert path.name not in methods.known()
 
 
+def test_file_of_the_readers_own_may_hold_a_dataclass_and_any_name(tmp_path):
+    """Also that of a module which others import."""
+    lines = "from __future__ import annotations\n\nfrom dataclasses import dataclass\n"
+    lines += f"{OWN_METHOD}\n@dataclass\nclass Note:\n    text: str = ''\n"
+    (tmp_path / "json.py").write_text(lines)
+    assert methods.find(str(tmp_path / "json.py")).title == "Nearest mean"
+    assert sys.modules["json"] is json
+
+
 OWN_FILES_THAT_ARE_NONE = pytest.mark.parametrize(
     ("text", "sentence"),
     [
         pytest.param(None, r"mine\.py does not exist: check the name", id="missing"),
         pytest.param("x = 1", r"mine\.py lists 0 methods: give it one, METHODS", id="no METHODS"),
+        pytest.param("METHODS = [1]", r"mine\.py lists 0 methods: give it one", id="a list"),
+        pytest.param("METHODS = {'mine': 1}", r"mine\.py lists 0 methods: give", id="a number"),
         pytest.param("METHODS = {}", r"mine\.py lists 0 methods: give it one", id="empty"),
         pytest.param(
             f"{OWN_METHOD}\nMETHODS['second'] = METHODS['mine']\n",

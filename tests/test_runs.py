@@ -242,3 +242,11 @@ def test_method_of_the_readers_own(tmp_path, monkeypatch):
     assert read_json(tmp_path / "run" / "record-glyphs-episode.json") == record
     state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert state["settings"]["learner"] == "Mine(distance=squared_euclidean)"
+
+
+def test_preset_that_a_method_has_not(tmp_path, capsys):
+    """Told before any training."""
+    path = own_method(tmp_path)
+    assert train(tmp_path / "run", "--preset", "full", method=str(path)) == 2
+    assert capsys.readouterr() == ("", f"metautils: {path} has no preset 'full', only quick.\n")
+    assert not (tmp_path / "run").exists()
