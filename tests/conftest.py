@@ -26,6 +26,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 pytest.register_assert_rewrite("helpers")  # so that a failed check tells its values
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: (item.path.suffix != ".ipynb", not item.get_closest_marker("book")))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the checkout."""
