@@ -76,7 +76,7 @@ class Training:
             return
         state = {name: getattr(self, name).state_dict() for name in PARTS}
         kept = {name: getattr(self, name) for name in KEPT}
-        random = _random_states(_device(self.net))
+        random = _random_states(device_of(self.net))
         save_atomically(state | kept | {"random": random, "notes": notes}, self.path)
 
     def resume(self) -> dict[str, Any] | None:
@@ -94,7 +94,7 @@ class Training:
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.best, self.merit, self.best_at = (state[name] for name in ("best", "merit", "best_at"))
-        _set_random_states(state["random"], _device(self.net))
+        _set_random_states(state["random"], device_of(self.net))
         return state["notes"]
 
     def finish(self) -> None:
@@ -186,7 +186,8 @@ def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(states[device.type])
 
 
-def _device(net: nn.Module) -> torch.device:
+def device_of(net: nn.Module) -> torch.device:
+    """Where a network's parameters lie; the CPU if it has none."""
     return next(net.parameters(), torch.empty(0)).device
 
 

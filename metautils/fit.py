@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from metautils.checkpoint import Training
+from metautils.checkpoint import Training, device_of
 from metautils.precision import fast_autocast
 
 
@@ -109,7 +109,7 @@ def _epoch(
 ) -> tuple[float, float]:
     """One pass; the mean loss and the accuracy of its batches, each before its step."""
     net.train()
-    device = _device(net)
+    device = device_of(net)
     loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     with bar:
         for k, (x, y) in enumerate(bar):
@@ -145,7 +145,7 @@ def _end(training: Training, rows: list[Epoch]) -> None:
 @torch.no_grad()
 def predict(net: nn.Module, batches: DataLoader, progress: bool = False) -> tuple[Tensor, Tensor]:
     """Logits `(n, classes)` and labels `(n,)` of all inputs, in evaluation mode, on the CPU."""
-    was_training, device = net.training, _device(net)
+    was_training, device = net.training, device_of(net)
     net.eval()
     logits, labels = [], []
     for x, y in tqdm(batches, desc="predict", disable=not progress, leave=False):
@@ -166,10 +166,6 @@ def measure(net: nn.Module, batches: DataLoader) -> tuple[float, float]:
 def _merit(loss: float, accuracy: float) -> tuple[float, float]:
     # What is not a number would compare as neither better nor worse.
     return (accuracy, -loss) if math.isfinite(loss) else (-1.0, 0.0)
-
-
-def _device(net: nn.Module) -> torch.device:
-    return next(net.parameters(), torch.empty(0)).device
 
 
 def _placed(x: Tensor, device: torch.device) -> Tensor:

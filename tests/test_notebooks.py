@@ -59,9 +59,19 @@ def test_first_cells_install_on_colab_and_hold_the_parameters(text: Path):
     assert (names["preset"], names["seed"]) == ("quick", 0)
 
 
+# Seconds of those that take longer than a minute and a half. They are to become shorter: a chapter
+# leaves this list and never enters it.
+TOO_LONG = {
+    "02_maml": 131,
+    "05_lstm_meta_learner": 111,
+    "06_prototypical_networks": 96,
+    "08_pretraining_finetuning": 92,
+}
+
+
 @each_chapter
 def test_takes_no_longer_than_promised(text: Path):
-    assert stored(text).metadata.metautils.run_seconds <= 150
+    assert stored(text).metadata.metautils.run_seconds <= TOO_LONG.get(text.stem, 90)
 
 
 @each_chapter
