@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metautils.data.bank import ClassBank
+from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.data.regression import RegressionSampler
 from metautils.learners.base import Learner
 from metautils.precision import fast_autocast
@@ -118,9 +118,12 @@ def _per_task(
     rows = []
     for _ in range(-(-episodes // sampler.tasks)):
         episode = sampler.sample()
-        with fast_autocast(episode.query_x.device):
-            predictions = learner(episode.support_x, episode.support_y, episode.query_x)
-        rows.append(score(predictions, episode.query_y))  # (tasks,)
+        numbers = (episode.support_x.numel() + episode.query_x.numel()) // episode.tasks
+        # Tasks of large images are drawn together all the same: a seed's episodes stay the same.
+        for part in episode.parts(max(1, NUMBERS_AT_ONCE // max(1, numbers))):
+            with fast_autocast(part.query_x.device):
+                predictions = learner(part.support_x, part.support_y, part.query_x)
+            rows.append(score(predictions, part.query_y))  # (tasks,)
     learner.train(was_training)
     return torch.cat(rows)[:episodes].cpu()
 

@@ -96,21 +96,21 @@ class EpisodeSampler:
     def sample(self) -> Episode:
         """Draw the next episode."""
         classes, rows = self.indices()
-        # (tasks, ways, shots + queries, ...)
-        x = as_float(self.bank.images[rows.to(self.bank.images.device)])
+        turns = torch.zeros_like(classes)  # (tasks, ways), in multiples of 90 degrees
         if self.rotate:
-            turns = torch.randint(4, (self.tasks, self.ways), generator=self.generator)
-            for k in range(1, 4):
-                # (classes to turn, shots + queries, ...)
-                x[turns == k] = x[turns == k].rot90(k, (-2, -1))
-        # (ways, 1) to (tasks, ways, shots + queries)
-        labels = torch.arange(self.ways, device=x.device)[:, None].expand_as(rows)
-        # (tasks, ways, shots, ...) and (tasks, ways, queries, ...)
-        support_x, query_x = x.split([self.shots, self.queries], dim=2)
-        support_y, query_y = labels.split([self.shots, self.queries], dim=2)
-        parts = (support_x, support_y, query_x, query_y)
-        # (tasks, ways, shots, ...) to (tasks, ways * shots, ...)
-        return Episode(*(part.flatten(1, 2) for part in parts), classes)
+            turns = torch.randint(4, turns.shape, generator=self.generator)
+        parts = []
+        # (tasks, ways, shots) and (tasks, ways, queries), both n below
+        for part in rows.split([self.shots, self.queries], dim=2):
+            # (tasks, ways * n, ...), in the order of the episode, so that no copy follows
+            x = as_float(self.bank.images[part.flatten(1).to(self.bank.images.device)])
+            each = x.unflatten(1, part.shape[1:])  # a view, (tasks, ways, n, ...)
+            for k in range(1, 4 * self.rotate):
+                each[turns == k] = each[turns == k].rot90(k, (-2, -1))  # (classes to turn, n, ...)
+            # (ways, 1) to (tasks, ways, n) to (tasks, ways * n)
+            labels = torch.arange(self.ways, device=x.device)[:, None].expand_as(part).flatten(1)
+            parts += [x, labels]
+        return Episode(*parts, classes)
 
     def __iter__(self) -> Iterator[Episode]:
         while True:

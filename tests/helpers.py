@@ -19,6 +19,7 @@ import torch
 from markdown_it import MarkdownIt
 from PIL import Image
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from metautils.checkpoint import CHECKPOINT
 from metautils.data import folder
@@ -381,6 +382,22 @@ def check_that_evaluation_leaves_no_trace(learner: Learner) -> None:
     assert learner.training
     assert all(p.grad is None for p in learner.parameters())
     assert not score.transductive
+
+
+class Largest(TorchFunctionMode):
+    """Notes how many numbers the largest tensor has that is made under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,12 @@
 """A bank keeps images, counts, names and attributes together through change and storage."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from helpers import numbered
+from helpers import ROOT, numbered
 from torch import nn
 
 from metautils.data.bank import ClassBank, as_float, cached, split_classes
@@ -106,6 +110,33 @@ def test_map_equals_embedding_directly(batch):
     torch.testing.assert_close(mapped.images, direct)
     assert not mapped.images.requires_grad
     assert (mapped.names, mapped.counts.tolist()) == (bank.names, bank.counts.tolist())
+
+
+def test_map_embeds_fewer_large_images_at_a_time():
+    bank, asked = ClassBank(torch.rand(9, 3, 1000, 500), torch.tensor([9]), ("a",)), []
+    bank.map(lambda x: asked.append(len(x)) or x.mean((1, 2, 3)))
+    assert asked == [2, 2, 2, 2, 1]
+
+
+PEAK = """
+from pathlib import Path
+import torch
+from metautils.data.bank import ClassBank
+def peak():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+bank = ClassBank(torch.ones(100, 1, 707, 707, dtype=torch.uint8), torch.tensor([100]), ("a",))
+before = peak()
+turned = bank.with_rotations()
+print((peak() - before) / bank.images.numel())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system tells no peak")
+def test_rotations_take_little_more_memory_than_their_result():
+    """Which is four times the images."""
+    command = [sys.executable, "-c", PEAK]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 3.9 < float(done.stdout) < 6
 
 
 def test_as_float():

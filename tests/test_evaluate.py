@@ -8,7 +8,7 @@ import torch
 from helpers import blobs, numbered, tiny
 from torch import nn
 
-from metautils.data.bank import ClassBank
+from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.data.regression import LINES, RegressionSampler
 from metautils.evaluate import (
     Evaluation,
@@ -237,3 +237,15 @@ def test_progress_is_silent_unless_asked(capsys):
     assert capsys.readouterr() == ("", "")
     evaluate(tiny(), blobs(), [(2, 1)], queries=2, episodes=2, progress=True)
     assert "evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "calls"), [(8, 1), (500, 5)])
+def test_large_images_are_tested_in_parts_of_the_same_episodes(size, calls):
+    """Five tasks of four images of 500x500 pixels are more numbers than are worked on at once."""
+    images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    bank, learner = ClassBank(images, torch.tensor([2, 2]), ("a", "b")), Notes()
+    evaluate(learner, bank, [(2, 1)], queries=1, episodes=5)
+    expected = EpisodeSampler(bank, 2, 1, 1, tasks=5).sample().query_x
+    assert torch.equal(torch.cat(learner.asked), expected)
+    assert len(learner.asked) == calls
+    assert all(x.numel() <= NUMBERS_AT_ONCE for x in learner.asked)

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers import LABELS, RAGGED, task, together_and_alone
+from helpers import LABELS, RAGGED, Largest, task, together_and_alone
 from torch import nn
 
+from metautils.data.bank import NUMBERS_AT_ONCE
+from metautils.learners import protonet
 from metautils.learners.protonet import (
     ProtoNet,
     cosine,
@@ -159,6 +161,29 @@ def test_squared_distance_is_a_linear_classifier():
     linear = 2 * q @ c.mT - c.square().sum(-1)[:, None]
     logits = ProtoNet(nn.Identity())(x, y, q)
     torch.testing.assert_close(logits.softmax(-1), linear.softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_distances_of_raw_pixels_do_not_fill_the_memory(distance):
+    """All pairs at once would be 16 million numbers; the result is the same to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1, n, 20_000, generator=generator) for n in (40, 20))
+    with Largest() as made:
+        together = distance(a, b)
+    assert made.numbers <= NUMBERS_AT_ONCE
+    assert torch.equal(together, torch.cat([distance(part, b) for part in a.split(2, 1)], 1))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_distances_in_parts_carry_gradients(distance, monkeypatch):
+    """Second ones too, and one batch of them all under vmap."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1, n, 5, generator=generator, dtype=torch.float64) for n in (7, 3))
+    slope = torch.func.grad(lambda a, b: distance(a, b).sin().sum())
+    whole = torch.vmap(slope, (None, 0))(a, torch.stack([b, b + 1]))
+    monkeypatch.setattr(protonet, "NUMBERS_AT_ONCE", 2 * b.numel())
+    torch.testing.assert_close(torch.vmap(slope, (None, 0))(a, torch.stack([b, b + 1])), whole)
+    assert torch.autograd.gradgradcheck(distance, (a.requires_grad_(), b.requires_grad_()))
 
 
 def test_distances_are_in_single_precision_under_autocast():

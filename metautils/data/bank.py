@@ -14,6 +14,8 @@ from torch import Tensor
 from metautils.files import DataError, cache_folder, load_safely, save_atomically
 from metautils.precision import fast_autocast
 
+NUMBERS_AT_ONCE = 4_000_000  # of images or features: more are worked on in parts, to bound memory
+
 
 def as_float(images: Tensor) -> Tensor:
     """uint8 images as float in [0, 1]; anything else as it is."""
@@ -105,9 +107,12 @@ class ClassBank:
             raise ValueError(
                 f"Rotations need images (n, channels, size, size), not {tuple(self.images.shape)}."
             )
-        turned = [self.images.rot90(k, (-2, -1)) for k in range(4)]  # (images, ...) each
+        # Each is written where it is to lie: four copies beside them would double the memory.
+        turned = self.images.new_empty(4, *self.images.shape)  # (4, images, ...)
+        for k in range(4):
+            turned[k] = self.images.rot90(k, (-2, -1))
         names = tuple(f"{name}/rot{90 * k:03d}" for k in range(4) for name in self.names)
-        return ClassBank(torch.cat(turned), self.counts.repeat(4), names)
+        return ClassBank(turned.flatten(0, 1), self.counts.repeat(4), names)
 
     def to(self, device: torch.device | str) -> ClassBank:
         """The same bank with its images on `device`; episodes are then gathered there."""
@@ -117,8 +122,10 @@ class ClassBank:
     def map(self, embed: Callable[[Tensor], Tensor], batch: int = 500) -> ClassBank:
         """The bank of `embed(images)`: compute features once, then draw episodes of features.
 
-        Right only where an image's embedding does not depend on the task around it.
+        Right only where an image's embedding does not depend on the task around it. `batch` images
+        are embedded at a time, and fewer where they are large.
         """
+        batch = min(batch, max(1, NUMBERS_AT_ONCE // max(1, self.images[0].numel())))
         with fast_autocast(self.images.device):
             # (batch, ...) each
             rows = [embed(as_float(x)).float() for x in self.images.split(batch)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metautils.data.bank import NUMBERS_AT_ONCE
 from metautils.learners.base import Learner, Method, Preset
 from metautils.nets import Conv4
 
@@ -37,7 +38,7 @@ def class_sums(features: Tensor, labels: Tensor, ways: int) -> Tensor:
 def squared_euclidean(a: Tensor, b: Tensor) -> Tensor:
     """|a - b|^2 of all pairs: `(tasks, A, d)` and `(tasks, B, d)` to `(tasks, A, B)`."""
     # Written out, not expanded to |a|^2 - 2ab + |b|^2, which loses digits when a is near b.
-    return (a[:, :, None] - b[:, None]).square().sum(-1)  # from (tasks, A, B, d)
+    return _of_pairs(lambda a, b: (a - b).square(), a, b)
 
 
 def euclidean(a: Tensor, b: Tensor) -> Tensor:
@@ -48,8 +49,20 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """1 - cos(a, b) of all pairs, in [0, 2]."""
-    # (tasks, A, 1, d) * (tasks, 1, B, d)
-    return 1 - (F.normalize(a, dim=-1)[:, :, None] * F.normalize(b, dim=-1)[:, None]).sum(-1)
+    return 1 - _of_pairs(torch.mul, F.normalize(a, dim=-1), F.normalize(b, dim=-1))
+
+
+def _of_pairs(term: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """The sum over d of `term(a, b)` for all pairs, `(tasks, A, B)`."""
+    rows = max(1, NUMBERS_AT_ONCE // max(1, b.numel()))
+    if rows >= a.shape[1]:
+        return term(a[:, :, None], b[:, None]).sum(-1)  # from (tasks, A, B, d)
+    # Of raw pixels (tasks, A, B, d) is gigabytes, so some rows at a time; and into one tensor, as
+    # small results that stay between large ones would leave the memory full of holes.
+    sums = torch.empty_like(term(a[:, :, None, 0], b[:, None, :, 0]))  # (tasks, A, B)
+    for k in range(0, a.shape[1], rows):
+        sums[:, k : k + rows] = term(a[:, k : k + rows, None], b[:, None]).sum(-1)
+    return sums
 
 
 class ProtoNet(Learner):
