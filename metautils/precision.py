@@ -1,23 +1,77 @@
-"""Half precision where the processor is faster with it."""
+"""Half precision where the processor is faster with it, and all digits where they are needed."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
 
 
-def fast_autocast(device: torch.device) -> AbstractContextManager:
-    """bfloat16 autocast where the device computes in it, otherwise plain float32.
+def half(device: torch.device, fp16: bool = False) -> torch.dtype | None:
+    """The half precision that the device computes fast in; None where that is none.
 
-    A CPU without bfloat16 instructions emulates them, several times slower than float32.
+    bfloat16 where there is. A GPU before Ampere, such as Colab's T4, has only float16, whose small
+    range ordinary training bears with a `GradScaler` (`fp16=True`), and meta-training does not:
+    derivatives of derivatives stay in float32 there. A CPU without bfloat16 instructions emulates
+    them, several times slower than float32.
+
+    Example:
+        >>> half(torch.device("meta"), fp16=True) is None
+        True
     """
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    if device.type == "cpu" and _cpu_has_bf16():
-        return torch.autocast("cpu", torch.bfloat16)
-    return nullcontext()
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        # Before Volta float16 is as slow as float32, or slower.
+        fast = torch.cuda.get_device_capability(device) >= (7, 0)
+        return torch.float16 if fp16 and fast else None
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else None
+
+
+def fast_autocast(device: torch.device, fp16: bool = False) -> AbstractContextManager:
+    """Autocast to the half precision of the device, otherwise plain float32; see `half`."""
+    dtype = half(device, fp16)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
+    """What keeps small gradients of `fast_autocast(device, fp16=True)` from becoming 0.
+
+    It does nothing where that does not compute in float16.
+    """
+    return torch.amp.GradScaler(device.type, enabled=half(device, fp16=True) == torch.float16)
+
+
+@contextmanager
+def all_digits(device: torch.device) -> Iterator[None]:
+    """float32 as it is: no autocast, and no TF32 in convolutions.
+
+    From Ampere on, torch lets convolutions of float32 round their inputs to 10 bits, as TF32, while
+    matrix products keep all 23 unless one asks otherwise. Ordinary training bears that, gradients
+    through gradients do not. So the learners that take them compute in here, and `meta_train` runs
+    backward in here; whoever writes such a loop anew does the same. It holds for all threads.
+
+    Example:
+        >>> x = torch.rand(2, 2)
+        >>> with torch.autocast("cpu", torch.bfloat16), all_digits(x.device):
+        ...     print((x @ x).dtype)
+        torch.float32
+    """
+    cudnn = torch.backends.cudnn
+    # The newer of two ways where torch has it: it warns of the older one, and wants no mixture.
+    where, name, off = (cudnn, "allow_tf32", False)
+    if hasattr(cudnn, "conv"):
+        where, name, off = (cudnn.conv, "fp32_precision", "ieee")
+    before = getattr(where, name)
+    amp = torch.amp.is_autocast_available(device.type)
+    setattr(where, name, off)
+    try:
+        with torch.autocast(device.type, enabled=False) if amp else nullcontext():
+            yield
+    finally:
+        setattr(where, name, before)
 
 
 @cache

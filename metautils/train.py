@@ -17,7 +17,7 @@ from metautils.data.quadratics import QuadraticSampler
 from metautils.data.regression import RegressionSampler
 from metautils.evaluate import episode_accuracy
 from metautils.learners.base import Learner
-from metautils.precision import fast_autocast
+from metautils.precision import all_digits, fast_autocast
 from metautils.sampling import EpisodeSampler
 
 Sampler = EpisodeSampler | RegressionSampler | QuadraticSampler
@@ -159,7 +159,10 @@ class _Run:
             if piece is None:
                 break
             loss, predictions, targets = piece
-            loss.backward()
+            with all_digits(
+                loss.device
+            ):  # the derivative of the learner's inner steps is made here
+                loss.backward()
             total += float(loss.detach())
             if episode.classes is not None:
                 right.append(predictions.argmax(-1) == targets)  # as the piece's targets

@@ -384,6 +384,12 @@ def check_that_evaluation_leaves_no_trace(learner: Learner) -> None:
     assert not score.transductive
 
 
+def convolutions_round() -> bool:
+    """Whether a GPU may compute convolutions of float32 in TF32."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision == "tf32" if hasattr(cudnn, "conv") else cudnn.allow_tf32
+
+
 class Largest(TorchFunctionMode):
     """Notes how many numbers the largest tensor has that is made under it."""
 

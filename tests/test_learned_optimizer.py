@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from helpers import flat, gradient, relative, same_weights, slope_error
+from helpers import flat, gradient, predict, relative, same_weights, slope_error
 from torch import nn
 from torch.nn import functional as F
 
@@ -449,6 +449,17 @@ def test_autocast_changes_nothing(truncation):
     assert len(found[0]) == (1 if truncation is None else 3)
     for one, other in zip(*found, strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def test_autocast_changes_no_prediction():
+    """A training that is tested is as exact as the one that taught it."""
+    learner, e = small(3, steps=6), QuadraticSampler(3, 4).sample()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            torch.manual_seed(0)
+            found.append((predict(learner, e), learner.losses(e.support_x, e.support_y)))
+    assert all(map(torch.equal, *found))
 
 
 # Networks side by side

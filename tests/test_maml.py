@@ -1,6 +1,7 @@
 """MAML and its kin: exact meta-gradients, what each adapts, and that they learn."""
 
 import copy
+from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from helpers import (
     blobs,
     check_that_a_stopped_training_resumes,
     check_that_evaluation_leaves_no_trace,
+    convolutions_round,
     flat,
     gradient,
     group_norm,
@@ -21,12 +23,14 @@ from helpers import (
     relative,
     same_weights,
     slope_error,
+    task,
     train_on_blobs,
     weights_of,
 )
 from torch import nn
 from torch.nn import functional as F
 
+from metautils.adapt import adapt
 from metautils.checkpoint import CheckpointMismatch
 from metautils.data.regression import SINUSOIDS, RegressionSampler
 from metautils.episode import Episode
@@ -35,7 +39,7 @@ from metautils.learners.anil import ANIL
 from metautils.learners.maml import FOMAML, MAML
 from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.reptile import Reptile
-from metautils.nets import BatchNorm, Conv4, classifier, mlp
+from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, mlp
 from metautils.train import meta_train
 
 LEARNERS = [MAML, FOMAML, ANIL, MetaSGD, Reptile]
@@ -247,6 +251,29 @@ def test_reptile_moves_towards_where_the_tasks_end(steps, vectorise):
     torch.testing.assert_close(loss.detach(), half_squares)
 
 
+@VECTORISE
+def test_reptile_learns_only_what_it_adapts(vectorise):
+    """Theta moves towards phi, so what stays in the inner steps stays in training."""
+    learner = conv(Reptile, 3, only=["head"], vectorise=vectorise)
+    learner.meta_loss(images_to_learn())[0].backward()
+    learning = {name for name, p in learner.net.named_parameters() if p.grad.any()}
+    assert learning == {"head.weight", "head.bias"}
+
+
+@TRANSDUCTIVE
+def test_reptile_shows_what_it_would_predict(transductive):
+    """In training too, queries are normalised as the learner says; every phi has seen them all."""
+    learner, e = conv(Reptile, 2, transductive=transductive), images_to_learn()
+    x = torch.cat([e.support_x, e.query_x], 1)
+    y = torch.cat([e.support_y, e.query_y], 1)
+    batch_norm_mode(learner.net, fused=False)
+    for k, found in enumerate(learner.meta_loss(e)[1]):
+        f = adapt(
+            learner.net, lambda f, k=k: F.cross_entropy(f(x[k]), y[k]), learner.optimizer(), 2
+        )
+        torch.testing.assert_close(found, learner._predict(f, e.support_x[k], e.query_x[k]))
+
+
 # Transduction
 
 
@@ -351,6 +378,27 @@ def test_autocast_changes_nothing(kind, vectorise):
             loss, predictions = learner.meta_loss(images_to_learn(dtype=torch.float32))
         found.append((predictions, gradient(loss, list(learner.parameters()))))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class Watched(nn.Linear):
+    """Notes whether convolutions would round where it is called."""
+
+    def forward(self, x):
+        self.seen.append(convolutions_round())
+        return super().forward(x)
+
+
+@ALL
+@VECTORISE
+def test_no_convolution_rounds_in_the_inner_loop(kind, vectorise):
+    head, targets = Watched(8, 3), torch.arange(7).remainder(3).expand(2, 7)
+    learner = kind(nn.Sequential(OrderedDict(body=nn.Linear(5, 8), head=head)), vectorise=vectorise)
+    learner.ways, head.seen = 3, []  # known, so that no call only counts the outputs
+    learner.meta_loss(Episode(*task([0, 1, 2]), targets))[0].backward()
+    predict(learner.eval(), Episode(*task([0, 1, 2]), targets))
+    assert len(head.seen) > 3
+    assert not any(head.seen)
+    assert convolutions_round()
 
 
 # What is refused

@@ -17,6 +17,7 @@ from helpers import (
     STEPS,
     Scripted,
     blobs,
+    convolutions_round,
     in_parts,
     nan,
     run,
@@ -316,6 +317,19 @@ def test_tasks_in_parts_end_like_all_at_once(monkeypatch):
         assert loss == pytest.approx(ends[0][0], rel=1e-4)
         assert accuracy == pytest.approx(ends[0][1])
         torch.testing.assert_close(weights, ends[0][2], rtol=1e-3, atol=1e-5)
+
+
+def test_no_convolution_rounds_on_the_way_back():
+    """The derivatives of a learner's inner steps are made there, and round no less than they."""
+    seen = []
+
+    def watch(self, loss):
+        loss.register_hook(lambda slope: seen.append(convolutions_round()))
+        return loss
+
+    meta_train(Scripted(1, watch), source(), 1, progress=False)
+    assert seen == [False]
+    assert convolutions_round()
 
 
 class Line(Learner):

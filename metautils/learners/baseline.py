@@ -14,6 +14,7 @@ from metautils.episode import Episode
 from metautils.learners.base import Learner, Method, Preset, Problem
 from metautils.learners.protonet import cosine, prototypes
 from metautils.nets import Conv4
+from metautils.precision import all_digits
 from metautils.pretrained import Prepared
 
 Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -139,7 +140,7 @@ class Baseline(Learner):
         features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
         # (tasks, S, d) and (tasks, Q, d)
         support, query = features.split([support_x.shape[1], query_x.shape[1]], dim=1)
-        with torch.autocast(x.device.type, enabled=False):  # fitting needs the digits
+        with all_digits(x.device):  # fitting needs them
             return self.fit(support, support_y, query)
 
     def on_features(self, bank: ClassBank) -> tuple[Baseline, ClassBank]:

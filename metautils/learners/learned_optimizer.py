@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 
 import torch
@@ -14,6 +13,7 @@ from torch.func import functional_call, stack_module_state
 from metautils.adapt import Adapted, Named, Optimizer, inner_steps
 from metautils.episode import Episode
 from metautils.learners.base import Learner, task_loss
+from metautils.precision import all_digits
 
 FLOOR = 1e-8  # a loss this small is small enough: below it, the logarithm rewards nothing more
 
@@ -132,8 +132,9 @@ class FromScratch(Learner):
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Predictions for the queries after `steps` steps on the support set."""
-        path, _ = self.train_networks(support_x, support_y)
-        return next(islice(path, self.steps, None))(query_x)
+        with all_digits(query_x.device):  # as in training, see `pieces`
+            path, _ = self.train_networks(support_x, support_y)
+            return next(islice(path, self.steps, None))(query_x)
 
     def train_networks(
         self, x: Tensor, y: Tensor
@@ -159,22 +160,23 @@ class FromScratch(Learner):
 
         On the whole support set, also where the steps see only a part of it.
         """
-        path, _ = self.train_networks(support_x, support_y)
-        return torch.stack(
-            [_each_loss(f(support_x), support_y) for f in islice(path, self.steps + 1)], 1
-        )
+        with all_digits(support_x.device):
+            path, _ = self.train_networks(support_x, support_y)
+            return torch.stack(
+                [_each_loss(f(support_x), support_y) for f in islice(path, self.steps + 1)], 1
+            )
 
     def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The meta-loss of every `truncation` steps, cut off from the steps before."""
         # Half precision would cost small losses their digits. The context must not stay open over
         # a yield, where the caller enters its own.
-        exact = partial(torch.autocast, episode.query_x.device.type, enabled=False)
-        with exact():
+        device = episode.query_x.device
+        with all_digits(device):
             path, loss = self.train_networks(episode.support_x, episode.support_y)
             next(path)
         for done in range(0, self.steps, self.truncation):
             total = 0.0
-            with exact():
+            with all_digits(device):
                 for f in islice(path, min(self.truncation, self.steps - done)):
                     total = total + (loss(f) + FLOOR).log().sum()
                 with torch.no_grad():

@@ -13,6 +13,7 @@ from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
 from metautils.episode import Episode
 from metautils.learners.base import Learner, Method, Preset, Problem, task_loss
 from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier
+from metautils.precision import all_digits
 
 
 class MAML(Learner):
@@ -124,8 +125,7 @@ class MAML(Learner):
     def _over_tasks(self, task: Callable[..., Tensor], *batches: Tensor) -> Tensor:
         batch_norm_mode(self.net, fused=not self._vectorised)
         try:
-            # Half precision would cost the second derivative its digits.
-            with torch.autocast(batches[0].device.type, enabled=False):
+            with all_digits(batches[0].device):  # the second derivative needs them
                 return over_tasks(task, self.net, *batches, vectorise=self._vectorised)
         finally:
             batch_norm_mode(self.net, fused=False)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from metautils.learners.base import Learner, Method, Preset
 from metautils.nets import Conv4
+from metautils.precision import all_digits
 
 
 class MatchingNet(Learner):
@@ -39,7 +40,7 @@ class MatchingNet(Learner):
     def attention(self, support: Tensor, query: Tensor) -> Tensor:
         """Logarithms of the weights, `(tasks, Q, S)`, from features `(tasks, _, d)`."""
         # In half precision many cosines would be equal to the last digit.
-        with torch.autocast(query.device.type, enabled=False):
+        with all_digits(query.device):
             # (tasks, Q, d) @ (tasks, d, S)
             cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
             return (self.scale * cosines).log_softmax(-1)

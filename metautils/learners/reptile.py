@@ -45,9 +45,12 @@ class Reptile(MAML):
         theta = torch.cat([p.flatten() for p in self.net.parameters()])  # (parameters,)
 
         def task(x: Tensor, y: Tensor) -> Tensor:
-            f = adapt(self.net, lambda f: task_loss(f(x), y), self.optimizer(), self.steps)
+            f = adapt(
+                self.net, lambda f: task_loss(f(x), y), self.optimizer(), self.steps, **self.options
+            )
             phi = [p.flatten() for p in f.parameters.values()]
-            return torch.cat([*phi, f(x[shots:]).flatten()])  # (parameters + Q * outputs,)
+            answers = self._predict(f, x[:shots], x[shots:])
+            return torch.cat([*phi, answers.flatten()])  # (parameters + Q * outputs,)
 
         shots = episode.support_x.shape[1]
         x = torch.cat([episode.support_x, episode.query_x], 1)  # (tasks, S + Q, ...)
