@@ -3,6 +3,7 @@
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 from itertools import count
 
 import pytest
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import metautils.checkpoint
 import metautils.fit
+import metautils.precision
 from metautils.checkpoint import CheckpointMismatch
 from metautils.files import DataError, load_safely
 from metautils.fit import Epoch, fit, measure, predict
@@ -130,7 +132,7 @@ def test_row_of_training_is_the_mean_over_images():
 
 def test_penalty_is_added_to_the_loss(monkeypatch):
     """One step of plain SGD, so that its gradient can be read from the weights."""
-    monkeypatch.setattr(metautils.fit, "fast_autocast", lambda device: nullcontext())
+    monkeypatch.setattr(metautils.fit, "fast_autocast", lambda device, fp16: nullcontext())
     ends = []
     for penalty in (None, lambda net: 5 * (net.weight - 3).square().sum()):
         torch.manual_seed(0)
@@ -250,6 +252,103 @@ def test_finished_run_given_again_changes_nothing(tmp_path):
     assert same_weights(again.state_dict(), net.state_dict())
     assert told == rows
     assert path.read_bytes() == before
+
+
+# Half precision
+
+
+@pytest.fixture
+def fp16(monkeypatch):
+    """A device that computes in float16, as a T4 does."""
+    monkeypatch.setattr(metautils.precision, "half", lambda d, fp16=False: fp16 and torch.float16)
+
+
+@pytest.mark.usefixtures("fp16")
+def test_learns_in_float16():
+    seen, net = [], net_of()
+    net[0].register_forward_hook(lambda layer, x, y: seen.append(y.dtype))
+    _, rows = run(net=net, lr=0.3, epochs=12)
+    assert set(seen) == {torch.float16}
+    assert all(w.dtype == torch.float32 for w in net.parameters())
+    assert rows[-1].train_loss < 0.5 * rows[0].train_loss
+    assert rows[-1].validation_accuracy == 100
+
+
+@pytest.mark.usefixtures("fp16")
+@pytest.mark.parametrize("factor", [1e-7, 1], ids=["small", "usual"])
+def test_gradients_in_float16_are_those_of_float32(factor, tmp_path):
+    """Small ones too, which float16 alone would round to 0; and the penalty's, which are added."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return factor * super().forward(x).float()
+
+    torch.manual_seed(0)
+    net = Scaled(4, 3, bias=False)
+    start, optimizer = net.weight.detach().clone(), SGD(net.parameters(), 0.01 / factor)
+    train, schedule = DataLoader(TensorDataset(*points()), 32), StepLR(optimizer, 1)
+    options = {"penalty": lambda net: factor * small(net), "path": tmp_path / "x.pt"}
+    fit(net, train, validation(), optimizer, schedule, 1, **options)
+    end = load_safely(tmp_path / "x.pt")["net"]["weight"]  # the network has its best weights again
+    x, y = points()
+    w = start.clone().requires_grad_()
+    (F.cross_entropy(factor * x @ w.T, y) / factor + 1e-3 * w.square().sum()).backward()
+    torch.testing.assert_close(start - end, 0.01 * w.grad, rtol=2e-2, atol=2e-5)
+
+
+@pytest.mark.usefixtures("fp16")
+def test_step_that_overflows_is_left_out(monkeypatch):
+    net, whole = net_of(), []
+    start, scale = weights_of(net), torch.amp.GradScaler.scale
+
+    def overflowing(self, loss):
+        whole.append(float(loss.detach()))
+        return scale(self, loss) * (math.inf if len(whole) == 1 else 1)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", overflowing)
+    steps = []
+    net.register_forward_pre_hook(lambda *_: steps.append(net[0].weight.detach().clone()))
+    _, rows = run(net=net, epochs=1)
+    steps = steps[-2 * BATCHES : -BATCHES]  # those of the training
+    assert torch.equal(steps[0], steps[1])
+    assert torch.equal(steps[0], start["0.weight"])
+    assert not torch.equal(steps[1], steps[2])
+    assert math.isfinite(rows[0].train_loss)
+
+
+@pytest.mark.usefixtures("fp16")
+def test_gradients_that_are_never_finite_stop_training(tmp_path):
+    """The weights stay as they are, so that no loss would tell."""
+    path = tmp_path / "x.pt"
+    run(path, epochs=1)
+    endless = lambda net: (net[0].weight - net[0].weight.detach()).abs().sqrt().sum()  # noqa: E731
+    with pytest.raises(FloatingPointError, match="gradients were no longer finite in epoch"):
+        run(path, penalty=endless, epochs=20)
+
+
+@pytest.mark.usefixtures("fp16")
+@pytest.mark.parametrize("fresh", [True, False], ids=["new network", "same network"])
+def test_interrupted_and_resumed_in_float16_ends_bit_identical(tmp_path, monkeypatch, fresh):
+    """The scale of the loss has moved by then: it grows after every two steps without overflow."""
+    scaler = partial(torch.amp.GradScaler, "cpu", growth_interval=2)
+    monkeypatch.setattr(metautils.fit, "grad_scaler", lambda device: scaler())
+    test_interrupted_and_resumed_ends_bit_identical(tmp_path, SGD, "step", 2 * BATCHES, fresh)
+    notes = [load_safely(tmp_path / name)["notes"]["scaler"] for name in ("whole.pt", "cut.pt")]
+    assert notes[0] == notes[1]
+    assert notes[0]["scale"] != 2**16
+
+
+def test_checkpoint_is_gone_on_with_on_another_device(tmp_path, monkeypatch):
+    """From float32 to float16 and back; one that was written before there was a scale, too."""
+    path, whole = tmp_path / "x.pt", metautils.precision.half
+    for epochs, kind in enumerate((None, torch.float16, None), 1):
+        monkeypatch.setattr(metautils.precision, "half", lambda d, fp16=False, k=kind: fp16 and k)
+        run(path, epochs=epochs)
+    monkeypatch.setattr(metautils.precision, "half", whole)
+    state = load_safely(path)
+    del state["notes"]["scaler"]
+    torch.save(state, path)
+    assert len(run(path, epochs=4)[1]) == 4
 
 
 # What must not be written, and what must not be read
