@@ -361,7 +361,7 @@ def _checked(lr: Rate | Sequence[Rate]) -> Rate | Sequence[Rate]:
     for step in lr if isinstance(lr, Sequence) else [lr]:
         for rate in step.values() if isinstance(step, Mapping) else [step]:
             learned = isinstance(rate, nn.Parameter) or getattr(rate, "requires_grad", False)
-            if not learned and not bool((torch.as_tensor(rate) > 0).all()):
+            if not learned and not bool((torch.as_tensor(rate, device="cpu") > 0).all()):
                 raise ValueError(f"The inner rate is {rate}; it must be above 0.")
     return lr
 

@@ -188,7 +188,7 @@ def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
 
 def device_of(net: nn.Module) -> torch.device:
     """Where a network's parameters lie; the CPU if it has none."""
-    return next(net.parameters(), torch.empty(0)).device
+    return next(net.parameters(), torch.empty(0, device="cpu")).device
 
 
 def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:

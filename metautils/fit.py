@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from metautils.checkpoint import Training, device_of
-from metautils.precision import fast_autocast, grad_scaler
+from metautils.precision import fast_autocast, grad_scaler, on_cpu
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _epoch(
     device = device_of(net)
     loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     with bar:
-        for k, (x, y) in enumerate(bar):
+        for k, (x, y) in enumerate(_drawn(bar)):
             x, y = _placed(x, device), y.to(device, non_blocking=True)
             with fast_autocast(device, fp16=True):
                 logits = net(x)
@@ -162,7 +162,7 @@ def predict(net: nn.Module, batches: DataLoader, progress: bool = False) -> tupl
     was_training, device = net.training, device_of(net)
     net.eval()
     logits, labels = [], []
-    for x, y in tqdm(batches, desc="predict", disable=not progress, leave=False):
+    for x, y in _drawn(tqdm(batches, desc="predict", disable=not progress, leave=False)):
         with fast_autocast(device, fp16=True):
             logits.append(net(_placed(x, device)).float().cpu())
         labels.append(y.cpu())
@@ -180,6 +180,18 @@ def measure(net: nn.Module, batches: DataLoader) -> tuple[float, float]:
 def _merit(loss: float, accuracy: float) -> tuple[float, float]:
     # What is not a number would compare as neither better nor worse.
     return (accuracy, -loss) if math.isfinite(loss) else (-1.0, 0.0)
+
+
+def _drawn(batches: Iterable) -> Iterator:
+    """The batches, shuffled and made on the CPU, whatever torch's default device is."""
+    steps = None
+    while True:
+        with on_cpu():
+            steps = iter(batches) if steps is None else steps
+            batch = next(steps, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _placed(x: Tensor, device: torch.device) -> Tensor:

@@ -177,8 +177,9 @@ def draw_episode(
         for k, image in enumerate(members, 1):
             draw_tile(ax, image, (x + 0.03, top - wide * k), 0.68, COLOURS[way % len(COLOURS)])
     ax.text(0.04, 0.75 * rows + 0.08, "queries", fontsize=11)
-    chosen = torch.linspace(0, episode.query_x.shape[1] - 1, queries).long().flip(0)
-    chosen = chosen[torch.randperm(queries, generator=torch.Generator().manual_seed(0))]
+    chosen = torch.linspace(0, episode.query_x.shape[1] - 1, queries, device="cpu").long().flip(0)
+    generator = torch.Generator().manual_seed(0)
+    chosen = chosen[torch.randperm(queries, generator=generator, device="cpu")]
     side = min(width / 10, 0.7)
     for k, query in enumerate(chosen):
         x, y = side * (k % 10), 0.75 * (rows - 1 - k // 10) + 0.25

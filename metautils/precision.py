@@ -1,4 +1,4 @@
-"""Half precision where the processor is faster with it, and all digits where they are needed."""
+"""Half precision where the processor is faster with it, all digits and the CPU where needed."""
 
 from __future__ import annotations
 
@@ -72,6 +72,21 @@ def all_digits(device: torch.device) -> Iterator[None]:
             yield
     finally:
         setattr(where, name, before)
+
+
+def on_cpu() -> AbstractContextManager:
+    """New tensors lie on the CPU, whatever torch's default device is: for what is drawn by chance.
+
+    Generators are there, so that a seed draws the same on any machine.
+
+    Example:
+        >>> with torch.device("meta"), on_cpu():
+        ...     print(torch.rand(2).device)
+        cpu
+    """
+    # Nearly always the CPU is the default, and then torch is quicker without being told.
+    default = torch.get_default_device().type == "cpu"
+    return nullcontext() if default else torch.device("cpu")
 
 
 @cache

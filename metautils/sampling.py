@@ -89,7 +89,8 @@ class EpisodeSampler:
         # (tasks, ways, images of the largest class)
         order = self._uniform(self.tasks, self.ways, int(self.bank.counts.max()))
         # Places beyond a class's own images sort last, so ragged classes need no loop.
-        order.masked_fill_(torch.arange(order.shape[-1]) >= counts[..., None], -1.0)
+        places = torch.arange(order.shape[-1], device=order.device)
+        order.masked_fill_(places >= counts[..., None], -1.0)
         images = order.topk(self.shots + self.queries).indices  # (tasks, ways, shots + queries)
         return classes, self.bank.starts[classes][..., None] + images
 
@@ -98,7 +99,7 @@ class EpisodeSampler:
         classes, rows = self.indices()
         turns = torch.zeros_like(classes)  # (tasks, ways), in multiples of 90 degrees
         if self.rotate:
-            turns = torch.randint(4, turns.shape, generator=self.generator)
+            turns = torch.randint(4, turns.shape, generator=self.generator, device="cpu")
         parts = []
         # (tasks, ways, shots) and (tasks, ways, queries), both n below
         for part in rows.split([self.shots, self.queries], dim=2):
@@ -118,4 +119,4 @@ class EpisodeSampler:
 
     def _uniform(self, *shape: int) -> Tensor:
         # float64: two equal numbers, whose order a machine could choose, do not occur in practice.
-        return torch.rand(*shape, dtype=torch.float64, generator=self.generator)
+        return torch.rand(*shape, dtype=torch.float64, generator=self.generator, device="cpu")

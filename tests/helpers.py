@@ -384,6 +384,18 @@ def check_that_evaluation_leaves_no_trace(learner: Learner) -> None:
     assert not score.transductive
 
 
+def elsewhere(make: Callable[[], Any]) -> Any:
+    """What is made where torch's default device is another one: `meta` holds no numbers at all."""
+    with torch.device("meta"):
+        return make()
+
+
+def check_that_episodes_are_drawn_on_the_cpu(make: Callable[[], Iterable[Episode]]) -> None:
+    """Whatever torch's default device is, and the same ones."""
+    for a, b in zip(islice(make(), 2), elsewhere(lambda: [*islice(make(), 2)]), strict=True):
+        assert all(map(torch.equal, tensors_of(a), tensors_of(b)))
+
+
 def convolutions_round() -> bool:
     """Whether a GPU may compute convolutions of float32 in TF32."""
     cudnn = torch.backends.cudnn

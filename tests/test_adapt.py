@@ -6,7 +6,7 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
-from helpers import flat, gradient, images_to_learn, relative, slope_error
+from helpers import elsewhere, flat, gradient, images_to_learn, relative, slope_error
 from torch import nn
 from torch.nn import functional as F
 
@@ -881,3 +881,11 @@ def test_layer_replaced_by_one_of_the_same_shape_changes_nothing():
     net.head = nn.Linear(8, 1).double()
     found = next(islice(path, 2, None))
     assert torch.equal(flat(found.parameters.values()), flat(expected.parameters.values()))
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_default_device_plays_no_part(kind):
+    """Rates that are plain numbers are checked on the CPU."""
+    assert elsewhere(lambda: kind([0.1, torch.tensor(0.1, device="cpu")])).lr[0] == 0.1
+    with pytest.raises(ValueError, match="must be above 0"):
+        elsewhere(lambda: kind(0.0))

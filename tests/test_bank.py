@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, numbered
+from helpers import ROOT, elsewhere, numbered
 from torch import nn
 
 from metautils.data.bank import ClassBank, as_float, cached, split_classes
@@ -250,3 +250,17 @@ def test_cache_that_cannot_be_written_is_told_and_the_bank_is_there(tmp_path, mo
         assert same(bank, square())
         assert torch.equal(bank.attributes, square().attributes)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_default_device_plays_no_part():
+    """Banks are made, chosen from, turned and split on the CPU, and as ever."""
+    images = [square(k).images for k in (1, 2, 3)]
+
+    def make():
+        bank = ClassBank.from_classes(images, "abc")
+        parts = split_classes(bank.with_rotations(), (5, 4, 3), seed=3)
+        return [bank.select([2, 0]), *parts, parts.train.map(lambda x: x.flatten(1))]
+
+    for here, there in zip(make(), elsewhere(make), strict=True):
+        assert here.digest == there.digest
+        assert torch.equal(here.starts, there.starts)

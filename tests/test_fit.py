@@ -456,3 +456,17 @@ def test_table_is_silent_unless_asked(capsys):
 def test_row_of_the_table():
     told = "    3      1.2346     95.8 %      0.5000    100.0 %     12.3"
     assert str(Epoch(3, 1.23456, 95.833, 0.5, 100.0, 12.34)) == told
+
+
+def test_default_device_plays_no_part(monkeypatch):
+    """Batches are shuffled and made on the CPU, and as ever; the network lies where it lies."""
+    monkeypatch.setattr(metautils.fit, "fast_autocast", lambda device, fp16: nullcontext())
+    ends = []
+    for where in ("cpu", "meta"):
+        net, (train, held_out) = net_of(), (TensorDataset(*points()), validation())
+        optimizer = SGD(net.parameters(), 0.05)
+        torch.manual_seed(7)
+        loader, schedule = DataLoader(train, 8, shuffle=True), StepLR(optimizer, 2)
+        with torch.device(where):
+            ends.append(facts(fit(net, loader, held_out, optimizer, schedule, 2)))
+    assert ends[0] == ends[1]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import elsewhere
 
 from metautils.data import glyphs
 from metautils.data.bank import ClassBank
@@ -169,3 +170,18 @@ def test_glyphs_of_other_code_are_drawn_anew(empty_cache, tmp_path, monkeypatch)
     for _ in range(2):  # drawn once, and kept in its turn
         glyphs.load(**numbers)
         assert calls == [(3, 2, 2)]
+
+
+def test_default_device_plays_no_part(empty_cache):
+    """Drawn, kept and read again."""
+
+    def make():
+        return [
+            glyphs.generate(1, 3, 2, size=16),
+            *glyphs.load(0, 3, 2, 2),
+            *glyphs.load(0, 3, 2, 2),
+        ]
+
+    for here, there in zip(make(), elsewhere(make), strict=True):
+        assert here.digest == there.digest
+        assert torch.equal(here.attributes, there.attributes)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import told_in_one_line
+from helpers import elsewhere, told_in_one_line
 from PIL import Image
 
 from metautils.data import labelled
@@ -318,3 +318,8 @@ def test_what_is_wrong_is_told(tmp_path, make, sentence):
     root.mkdir()
     make(root)
     told_in_one_line(lambda: labelled.load(root), sentence)
+
+
+def test_default_device_plays_no_part(photos):
+    here, there = labelled.load(photos, seed=3), elsewhere(lambda: labelled.load(photos, seed=3))
+    assert [part.samples for part in here[:3]] == [part.samples for part in there[:3]]

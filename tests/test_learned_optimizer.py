@@ -2,11 +2,12 @@
 
 import copy
 import math
+from functools import partial
 from itertools import islice
 
 import pytest
 import torch
-from helpers import flat, gradient, predict, relative, same_weights, slope_error
+from helpers import elsewhere, flat, gradient, predict, relative, same_weights, slope_error
 from torch import nn
 from torch.nn import functional as F
 
@@ -874,3 +875,16 @@ def test_bad_inputs_are_told_at_the_first_step():
     sentence = r"^The inner gradient of nets\.weight is not finite at inner step 1 of .* the inputs"
     with pytest.raises(FloatingPointError, match=sentence):
         list(small().pieces(e))
+
+
+def test_default_device_plays_no_part():
+    """What an optimiser adds to its inputs lies beside them, and batches are drawn on the CPU."""
+    torch.manual_seed(0)
+    optimizer, x, y = LSTMOptimizer(8), torch.rand(4, 10, 2), torch.rand(4, 10, 1)
+
+    def make():
+        torch.manual_seed(1)
+        net = partial(nn.Linear, 2, 1, device="cpu")
+        return FromScratch(net, optimizer, steps=3, batch=2).losses(x, y)
+
+    assert torch.equal(make(), elsewhere(make))

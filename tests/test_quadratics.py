@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import (
+    check_that_episodes_are_drawn_on_the_cpu,
     check_that_episodes_follow_the_seed,
     check_that_the_generator_is_all_it_remembers,
     tensors_of,
@@ -96,3 +97,7 @@ def test_numbers_must_be_in_range(name, value):
     sentence = f"{name}={value}.*: at least 1, 1 and 0 are needed"
     with pytest.raises(ValueError, match=sentence):
         QuadraticSampler(**{name: value})
+
+
+def test_default_device_plays_no_part():
+    check_that_episodes_are_drawn_on_the_cpu(lambda: QuadraticSampler(5, tasks=3, seed=1))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import (
+    check_that_episodes_are_drawn_on_the_cpu,
     check_that_episodes_follow_the_seed,
     check_that_the_generator_is_all_it_remembers,
     tensors_of,
@@ -149,3 +150,8 @@ def test_episode_in_parts(at_once, sizes):
     for k, tensor in enumerate(tensors_of(whole)):
         assert torch.equal(torch.cat([tensors_of(piece)[k] for piece in pieces]), tensor)
     assert all(piece.classes is None for piece in pieces)
+
+
+@pytest.mark.parametrize("family", [SINUSOIDS, LINES, PLANES], ids=lambda f: f.name)
+def test_default_device_plays_no_part(family):
+    check_that_episodes_are_drawn_on_the_cpu(lambda: RegressionSampler(family, 5, tasks=3, seed=1))

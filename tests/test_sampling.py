@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, fingerprint, numbered
+from helpers import ROOT, check_that_episodes_are_drawn_on_the_cpu, fingerprint, numbered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -178,3 +178,11 @@ def test_rotation_needs_square_images(shape):
     bank = ClassBank(torch.zeros(4, *shape), torch.tensor([2, 2]), ("a", "b"))
     with pytest.raises(ValueError, match=r"Rotations need square images, not \("):
         EpisodeSampler(bank, 2, 1, 1, rotate=True)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_default_device_plays_no_part(rotate):
+    bank = patterns()
+    check_that_episodes_are_drawn_on_the_cpu(
+        lambda: EpisodeSampler(bank, 3, 1, 2, tasks=5, rotate=rotate, seed=2)
+    )

@@ -61,7 +61,7 @@ class ClassBank:
     @classmethod
     def from_classes(cls, images: Sequence[Tensor], names: Sequence[str]) -> ClassBank:
         """Make a bank from one tensor `(n_k, ...)` per class."""
-        counts = torch.tensor([len(x) for x in images])
+        counts = torch.tensor([len(x) for x in images], device="cpu")
         return cls(torch.cat(list(images)), counts, tuple(names))
 
     def __len__(self) -> int:
@@ -88,9 +88,9 @@ class ClassBank:
 
     def select(self, classes: Sequence[int] | Tensor) -> ClassBank:
         """The bank of the given classes only, in the given order."""
-        index = torch.as_tensor(classes, dtype=torch.int64)
+        index = torch.as_tensor(classes, dtype=torch.int64, device="cpu")
         # (images,), the class of each
-        owner = torch.arange(len(self)).repeat_interleave(self.counts)
+        owner = torch.arange(len(self), device="cpu").repeat_interleave(self.counts)
         rows = [(owner == k).nonzero().flatten() for k in index]  # (n_k,) each
         images = self.images[torch.cat([owner[:0], *rows])]  # (images left, ...)
         names = tuple(self.names[k] for k in index)
@@ -155,7 +155,8 @@ def split_classes(bank: ClassBank, sizes: tuple[int, int, int], seed: int = 0) -
     """
     if sum(sizes) != len(bank) or min(sizes) < 0:
         raise ValueError(f"Parts of {sizes} classes do not add up to the {len(bank)} there are.")
-    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(bank), generator=generator, device="cpu")
     return Parts(*(bank.select(part) for part in order.split(list(sizes))))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from metautils.data.bank import ClassBank, Parts, cached
+from metautils.precision import on_cpu
 
 DABS = 20  # of ink on one move of the pen
 VERTICES = 16  # at most, in one character
@@ -353,18 +354,19 @@ def generate(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if size < 8:
         raise ValueError(f"size is {size}; a drawing needs at least 8 pixels: ask for 28.")
-    generator = torch.Generator().manual_seed(seed)
-    # Writers have chance of their own: more drawings leave the characters as they are.
-    writers = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-    styles = (_style(generator) for _ in range(alphabets))
-    drafts = [_character(style, generator) for style in styles for _ in range(characters)]
-    programs = _batch(drafts, generator)
-    images = _draw(programs, drawings, size, writers)
-    names = (
-        f"alphabet{a:02d}/character{c:02d}" for a in range(alphabets) for c in range(characters)
-    )
-    counts = torch.full((len(programs.bow),), drawings)
-    return ClassBank(images, counts, tuple(names), _describe(programs))
+    with on_cpu():
+        generator = torch.Generator().manual_seed(seed)
+        # Writers have chance of their own: more drawings leave the characters as they are.
+        writers = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        styles = (_style(generator) for _ in range(alphabets))
+        drafts = [_character(style, generator) for style in styles for _ in range(characters)]
+        programs = _batch(drafts, generator)
+        images = _draw(programs, drawings, size, writers)
+        names = (
+            f"alphabet{a:02d}/character{c:02d}" for a in range(alphabets) for c in range(characters)
+        )
+        counts = torch.full((len(programs.bow),), drawings)
+        return ClassBank(images, counts, tuple(names), _describe(programs))
 
 
 def load(seed: int = 0, alphabets: int = 50, characters: int = 24, drawings: int = 20) -> Parts:
@@ -383,5 +385,5 @@ def load(seed: int = 0, alphabets: int = 50, characters: int = 24, drawings: int
     bank = cached(name, lambda: generate(alphabets, characters, drawings, seed=seed), code)
     test, validation = max(1, alphabets // 5), max(1, alphabets // 10)
     sizes = [alphabets - test - validation, validation, test]
-    parts = torch.arange(len(bank)).split([k * characters for k in sizes])
+    parts = torch.arange(len(bank), device="cpu").split([k * characters for k in sizes])
     return Parts(*(bank.select(part) for part in parts))

@@ -221,7 +221,8 @@ def _divide(images: Images, contents: dict[str, str], parts: int, seed: int) -> 
             )
         share = max(1, round(SHARE * len(copies)))
         groups = list(copies.values())
-        for place, k in enumerate(torch.randperm(len(groups), generator=generator).tolist()):
+        order = torch.randperm(len(groups), generator=generator, device="cpu")
+        for place, k in enumerate(order.tolist()):
             part = 1 + place // share
             rows[part if part <= parts else 0] += groups[k]
     return [images.only(sorted(each)) for each in rows]

@@ -39,7 +39,8 @@ def load(split: str = "random", seed: int = 0) -> Parts:
         return split_classes(bank, RANDOM_SPLIT, seed)
     background = [name for name in bank.names if name.startswith("images_background")]
     alphabets = sorted({name.split("/")[1] for name in background})
-    order = torch.randperm(len(alphabets), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(alphabets), generator=generator, device="cpu")
     held_out = {alphabets[k] for k in order[:VALIDATION_ALPHABETS]}
     part = [
         2 if name.startswith("images_evaluation") else int(name.split("/")[1] in held_out)

@@ -62,14 +62,15 @@ class QuadraticSampler:
         """Draw the next episode: inputs `(tasks, d, d)`, targets `(tasks, d, 1)`."""
         d = self.dimensions
         # (tasks, d, d) and (tasks, d, 1)
-        w, y = torch.randn(self.tasks, d, d + 1, generator=self.generator).split([d, 1], -1)
+        both = torch.randn(self.tasks, d, d + 1, generator=self.generator, device="cpu")
+        w, y = both.split([d, 1], -1)
         # (tasks, 1, d) and (tasks, 1, 1)
         w = (w * self._factors(d) * self._factors(1)).to(self.device)
         y = y.to(self.device)
         return Episode(w, y, w, y)
 
     def _factors(self, count: int) -> Tensor:
-        uniform = torch.rand(self.tasks, 1, count, generator=self.generator)
+        uniform = torch.rand(self.tasks, 1, count, generator=self.generator, device="cpu")
         return 10 ** (self.spread * (uniform - 0.5))
 
     def __iter__(self) -> Iterator[Episode]:

@@ -106,5 +106,5 @@ class RegressionSampler:
             yield self.sample()
 
     def _uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        numbers = torch.rand(self.tasks, *shape, generator=self.generator)
+        numbers = torch.rand(self.tasks, *shape, generator=self.generator, device="cpu")
         return low + (high - low) * numbers

@@ -145,7 +145,7 @@ class FromScratch(Learner):
         rows = None
         if self.batch is not None:
             # (steps + 1, batch)
-            rows = torch.randint(points, (self.steps + 1, self.batch)).to(x.device)
+            rows = torch.randint(points, (self.steps + 1, self.batch), device="cpu").to(x.device)
 
         def loss(f: Adapted) -> Tensor:
             these = slice(None) if rows is None else rows[f.k]
@@ -229,7 +229,7 @@ def log_sign(x: Tensor, p: float = 10.0) -> Tensor:
     Shapes:
         `(n,)` to `(2, n)`.
     """
-    large = x.abs() >= torch.exp(torch.tensor(-p))
+    large = x.abs() >= torch.exp(torch.tensor(-p, device=x.device))
     safe = torch.where(large, x, 1.0)
     size = torch.where(large, safe.abs().log() / p, -1.0)
     return torch.stack([size, torch.where(large, x.sign(), torch.e**p * x)])
