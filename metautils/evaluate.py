@@ -27,7 +27,8 @@ def interval95(values: Tensor) -> float:
     """
     if len(values) < 2:
         raise ValueError(f"An interval needs at least 2 episodes, not {len(values)}.")
-    return 1.96 * float(values.double().std()) / len(values) ** 0.5
+    # On the CPU, as not every device has float64.
+    return 1.96 * float(values.cpu().double().std()) / len(values) ** 0.5
 
 
 def wilson95(right: int, total: int) -> tuple[float, float]:
@@ -75,7 +76,7 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         """Mean over episodes, percent."""
-        return float(self.per_episode.double().mean())
+        return float(self.per_episode.cpu().double().mean())
 
     @property
     def ci95(self) -> float:

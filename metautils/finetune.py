@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 
 from metautils import pretrained, results
+from metautils.checkpoint import digest
 from metautils.classifier import (
     MODEL,
     Classifier,
@@ -89,10 +90,11 @@ def _features(
 
 def _told(net: Classifier, split: Split) -> dict[str, Any]:
     """What tells this training from another: its pictures, its classes, where its body begins."""
+    body = net.body.state_dict()
     return {
         **{part: images.digests() for part, images in zip(PARTS, split[:2], strict=False)},
         "classes": net.classes,
-        "body": float(sum(x.double().sum() for x in net.body.state_dict().values())),
+        "body": digest(repr([(name, tuple(x.shape)) for name, x in body.items()]), *body.values()),
     }
 
 

@@ -17,7 +17,7 @@ from helpers import (
 )
 from torch import nn
 
-from metautils.checkpoint import CHECKPOINT, CheckpointMismatch, Training, load_weights
+from metautils.checkpoint import CHECKPOINT, CheckpointMismatch, Training, digest, load_weights
 from metautils.files import DataError
 from metautils.learners.protonet import cosine
 from metautils.train import meta_train
@@ -257,3 +257,11 @@ def test_stray_temporary_file_is_no_checkpoint(tmp_path):
 def test_load_weights_of_a_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"checkpoint\.pt does not exist"):
         load_weights(tiny(), tmp_path / CHECKPOINT)
+
+
+def test_digest_sees_every_byte_and_not_the_layout():
+    x = torch.arange(24.0).view(1, 2, 3, 4)
+    assert digest("a", x) == digest("a", x.to(memory_format=torch.channels_last))
+    others = [("b", x), ("a", x.flip(0, 1)), ("a", x.double()), ("a", x, x), ("a", x.nextafter(-x))]
+    assert len({digest("a", x), *(digest(*each) for each in others)}) == 6
+    assert digest("a", torch.tensor(1), torch.tensor(True), x.bfloat16())

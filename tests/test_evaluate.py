@@ -249,3 +249,20 @@ def test_large_images_are_tested_in_parts_of_the_same_episodes(size, calls):
     assert torch.equal(torch.cat(learner.asked), expected)
     assert len(learner.asked) == calls
     assert all(x.numel() <= NUMBERS_AT_ONCE for x in learner.asked)
+
+
+class Single(torch.Tensor):
+    """A tensor on a device without float64."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.double:
+            raise TypeError("no float64 here")
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else result
+
+
+def test_means_are_taken_where_there_is_float64():
+    values = torch.tensor([60.0, 80.0, 70.0])
+    here = Evaluation(5, 1, 15, values.as_subclass(Single))
+    assert str(here) == str(Evaluation(5, 1, 15, values))

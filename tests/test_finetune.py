@@ -112,10 +112,12 @@ def test_features_are_kept_for_a_resumed_training(tmp_path, split):
     assert names_in(tmp_path) == ["features.pt"]
 
 
-@pytest.mark.parametrize("changed", ["body", "statistics", "images", "size"])
+@pytest.mark.parametrize("changed", ["body", "order", "statistics", "images", "size"])
 def test_features_of_something_else_are_not_used(tmp_path, split, photos, changed):
     body_calls(tiny_classifier(), split, tmp_path)
     net = tiny_classifier(seed=5 if changed == "body" else 0, size=12 if changed == "size" else 16)
+    if changed == "order":  # of the filters, so that all their numbers are there
+        net.body[0].weight.data = net.body[0].weight.data.flip(0)
     if changed == "statistics":
         net.body[1].running_mean += 0.1
     other = labelled.load(photos, seed=1) if changed == "images" else split

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metautils.checkpoint import digest
 from metautils.files import DataError, cache_folder, load_safely, save_atomically
 from metautils.precision import fast_autocast
 
@@ -81,10 +81,7 @@ class ClassBank:
     @property
     def digest(self) -> str:
         """Sixteen digits that differ where an image, a name or the class of an image differs."""
-        found = hashlib.sha256(repr((tuple(self.images.shape), self.names)).encode())
-        for x in (self.counts, self.images):
-            found.update(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())  # (bytes,)
-        return found.hexdigest()[:16]
+        return digest(repr((tuple(self.images.shape), self.names)), self.counts, self.images)
 
     def select(self, classes: Sequence[int] | Tensor) -> ClassBank:
         """The bank of the given classes only, in the given order."""
