@@ -26,6 +26,7 @@ from metautils.data.bank import ClassBank
 from metautils.files import data_folder
 from metautils.sampling import EpisodeSampler
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)  # as in each of DataLoader's workers; two hinder one another when busy
 WAYS, SHOTS, QUERIES, DRAWINGS, EPISODES, ROUNDS = 60, 1, 5, 20, 60, 7
 WHAT = f"{WAYS}-way {SHOTS}-shot {QUERIES}-query episodes at 28x28; DataLoader with 2 workers; "
@@ -55,8 +56,13 @@ def loader(images: list) -> DataLoader:
 def rate(source) -> float:
     """Images a second from the first episode on: starting the workers is not counted."""
     next(episodes := iter(source))
-    start = time.perf_counter()
-    count = sum(1 for _ in islice(episodes, EPISODES - 1))
+    start, count = time.perf_counter(), 0
+    for episode in islice(episodes, EPISODES - 1):
+        count += 1
+        if isinstance(episode, list):  # of a DataLoader, whose images have to be taken there
+            episode = [part.to(DEVICE) for part in episode]
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return count * WAYS * (SHOTS + QUERIES) / (time.perf_counter() - start)
 
 
@@ -71,7 +77,7 @@ with tempfile.TemporaryDirectory() as folder:
     decoded = [files[k] for k in range(len(files))]
     names = tuple(map(str, range(len(files) // DRAWINGS)))
     images = (255 * torch.stack(decoded)).round().to(torch.uint8)
-    bank = ClassBank(images, torch.full((len(names),), DRAWINGS), names)
+    bank = ClassBank(images, torch.full((len(names),), DRAWINGS), names).to(DEVICE)
     sources = {
         "index gather": lambda: EpisodeSampler(bank, WAYS, SHOTS, QUERIES),
         "DataLoader, images decoded": lambda: loader(decoded),
@@ -87,6 +93,7 @@ what = WHAT + ("Omniglot's background set" if archive.is_file() else "glyphs")
 what += f"; medians of {ROUNDS} interleaved rounds"
 tables = [{"title": "Episodes", "heads": heads, "rows": rows}]
 record = {"what": what, "tables": tables}
-record |= results.provenance(torch.device("cpu"))
-(results.folder() / "speed_episodes.json").write_text(json.dumps(record, indent=1) + "\n")
-print(results.tables("speed_episodes")["Episodes"])
+record |= results.provenance(DEVICE)
+name = "speed_episodes" if DEVICE.type == "cpu" else "speed_episodes_gpu"
+(results.folder() / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+print(results.tables(name)["Episodes"])

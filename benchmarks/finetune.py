@@ -27,6 +27,7 @@ from metautils.data import labelled
 from metautils.files import write_json
 from metautils.finetune import Recipe
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, EPOCHS, BATCH = 5, 10, 32
 
 
@@ -48,6 +49,7 @@ def plain(net, loader, optimizer):
     net.train()
     running, right = 0.0, 0
     for inputs, labels in loader:
+        inputs, labels = inputs.to(DEVICE), labels.to(DEVICE)
         optimizer.zero_grad()
         outputs = net(inputs)
         _, predictions = torch.max(outputs, 1)
@@ -68,7 +70,7 @@ def peer(root, size, batch, frozen):
     loader = DataLoader(images, batch, shuffle=True)
     body = pretrained.body(None).to(memory_format=torch.contiguous_format)
     body.requires_grad_(not frozen)
-    net = nn.Sequential(body, nn.Linear(pretrained.FEATURES, 2))
+    net = nn.Sequential(body, nn.Linear(pretrained.FEATURES, 2)).to(DEVICE)
     optimizer = SGD((w for w in net.parameters() if w.requires_grad), 1e-3, momentum=0.9)
     return lambda: plain(net, loader, optimizer)
 
@@ -77,7 +79,7 @@ def ours(root, size, batch, frozen):
     """One epoch of stage two, or EPOCHS of stage one with its features."""
     recipe = Recipe(size=size, batch=batch, epochs=1, probe_epochs=EPOCHS)
     split = labelled.load(root)
-    net = Classifier(pretrained.body(None), split.train.classes, size)
+    net = Classifier(pretrained.body(None), split.train.classes, size).to(DEVICE)
     stage = finetune.stage_one if frozen else finetune.stage_two
     return lambda: stage(net, split, recipe)
 
@@ -103,7 +105,7 @@ def measure(size, batch, frozen):
     return [f"{own:.0f}", f"{other:.0f}", f"{ratio:.1f} x"]
 
 
-made = results.provenance(torch.device("cpu"))
+made = results.provenance(DEVICE)
 rows = []
 for size in (64, 224):
     rows.append([f"stage two, batch {BATCH}", size, *measure(size, BATCH, False)])
@@ -122,5 +124,6 @@ record = {
     ],
     **made,
 }
-write_json(record, results.folder() / "speed_finetune.json")
-print(*results.tables("speed_finetune").values())
+name = "speed_finetune" if DEVICE.type == "cpu" else "speed_finetune_gpu"
+write_json(record, results.folder() / f"{name}.json")
+print(*results.tables(name).values())

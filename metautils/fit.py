@@ -129,9 +129,8 @@ def _epoch(
                 logits = net(x)
             loss = F.cross_entropy(logits.float(), y)
             scaler.scale(loss if penalty is None else loss + penalty(net)).backward()
-            scaler.step(
-                optimizer
-            )  # by gradients of their own size again, or not if they overflowed
+            # By gradients of their own size again, or not at all where they overflowed.
+            scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             # Sums stay on the device: a number asked for after every step would make it wait.

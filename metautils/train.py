@@ -159,9 +159,8 @@ class _Run:
             if piece is None:
                 break
             loss, predictions, targets = piece
-            with all_digits(
-                loss.device
-            ):  # the derivative of the learner's inner steps is made here
+            # Here the derivatives of the learner's inner steps are made.
+            with all_digits(loss.device):
                 loss.backward()
             total += float(loss.detach())
             if episode.classes is not None:

@@ -1,0 +1,180 @@
+"""Run a chapter or a benchmark without Jupyter: whole, or small on another device.
+
+Small is for finding tensors that meet on two devices, on the tests' pretend accelerator: sizes are
+cut (SMALL), and what the code asserts of its results is computed but need not hold.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+from matplotlib import pyplot as plt
+
+plt.switch_backend("agg")
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+BENCHMARKS = sorted(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))
+
+# What takes long, and what stands in its place in a small run.
+SMALL: dict[str, dict[str, str]] = {
+    "01_concepts": {
+        "tasks=200, steps=1200": "tasks=20, steps=3",
+        "range(50)": "range(2)",
+        "(32, 600)": "(8, 8)",
+        "[frame(a) for a in ALPHAS]": "[frame(ALPHAS[0])] * len(ALPHAS)",
+        "(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)": "(0.01, 0.1)",
+        "strengths = {}, (1e-3, 1e-2, 1e-1, 1.0)": "strengths = {}, (1e-2,)",
+        "range(5000)": "range(5)",
+        "in (1, 2, 5, 10, 15)": "in (1, 15)",
+        "tasks=100": "tasks=4",
+        "[(5, 1)], queries=5)": "[(5, 1)], 5, 20)",
+        "steps=200": "steps=3",
+        "5, 100)": "5, 20)",
+        "episodes, 60,": "episodes, 3,",
+        "COUNTS = [0, 5, 10, 20, 40, 60, 80, 100]": "COUNTS = [0, 5]",
+    },
+    "02_maml": {
+        "curves=2300, family=400": "curves=3, family=3",
+        "images=100": "images=3",
+        "(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)": "(0.01, 0.1)",
+        "PLANES, 300": "PLANES, 3",
+        "COUNTS = [1, 2, 5, 10, 20]": "COUNTS = [1, 2]",
+        "range(200)": "range(3)",
+        "episodes=600": "episodes=20",
+        "tasks=60": "tasks=4",
+        "for k in range(11):": "for k in 11 * [0]:",
+    },
+    "05_lstm_meta_learner": {
+        "unrolls=60": "unrolls=2",
+        "images=300, width=16, tests=100": "images=2, width=8, tests=4",
+        "steps=100": "steps=5",
+        "range(15)": "range(2)",
+        "range(12)": "range(2)",
+        "steps=200": "steps=10",
+        "140, 30, tasks": "20, 10, tasks",
+        "(1, 3, 10, 30, 100)": "(1, 3, 100)",
+        "classify(2, 8), classify(6, 9)": "classify(2, 8), classify(2, 9)",
+        "for k in range(10)\n": "for k in range(2)\n",
+    },
+    "06_prototypical_networks": {
+        "steps=300, trial=45, episodes=600": "steps=8, trial=4, episodes=20",
+        "range(30)": "range(3)",
+        "range(600)": "range(3)",
+        "parts.train.with": "parts.train.select(range(60)).with",
+        "parts.validation.with": "parts.validation.select(range(20)).with",
+        "parts.test.to": "parts.test.select(range(60)).to",
+        "world.train.to": "world.train.select(range(60)).to",
+        "world.test.to": "world.test.select(range(60)).to",
+        "episodes=200": "episodes=20",
+        "range(200)": "range(3)",
+        "range(20), Epi": "range(2), Epi",
+    },
+    "07_relation_networks": {
+        "steps=150, tests=300": "steps=10, tests=4",
+        "tasks=200": "tasks=4",
+        "ways, 1, 5, tasks": "ways, 1, 1, tasks",
+        "range(300)": "range(3)",
+        "one_each, 200": "one_each, 2",
+    },
+    "08_pretraining_finetuning": {
+        "epochs=12,": "epochs=1, probe_epochs=2,",
+        "pull, steps=3": "pull, steps=1",
+        "-(-len(bank) // 40)": "-(-len(bank) // 8)",
+        "len(unseen), 3": "len(unseen), 9",
+        "min(96,": "min(16,",
+        "10, 200)": "10, 20)",
+        "70 if QUICK": "2 if QUICK",
+        "drawings=50": "drawings=14",
+        "40 if QUICK": "3 if QUICK",
+        "200 if QUICK": "4 if QUICK",
+        "epochs=6, step=5, patience=6": "epochs=1",
+        "24 if QUICK": "2 if QUICK",
+    },
+    "benchmarks/episodes.py": {
+        "\nWAYS, SHOTS": "\nROUNDS, WAYS, SHOTS",
+        "EPISODES, ROUNDS = 60, 1, 5, 20, 60, 7": "EPISODES = 1, 6, 1, 5, 20, 2",
+        "glyphs.generate(": "glyphs.generate(1, 8, ",
+        "num_workers=2": "num_workers=0",
+    },
+    "benchmarks/finetune.py": {
+        "ROUNDS, EPOCHS, BATCH = 5, 10, 32": "ROUNDS, EPOCHS, BATCH = 1, 1, 2",
+        "(64, 224)": "(32, 64)",
+    },
+    "benchmarks/inner_loop.py": {
+        "ROUNDS = 7": "ROUNDS = 1",
+        "else (8, 1)": "else (2, 1)",
+        "for name in MEMORY:": "for name in ():",
+    },
+    "benchmarks/unrolls.py": {
+        "ROUNDS, TOLERANCE = 7, 1e-9": "ROUNDS, TOLERANCE = 1, 1e-6",
+        "LENGTHS = 100, 20, (5, 10, 20, 50, 100)": "LENGTHS = 4, 2, (2, 4)",
+        "(1, 2, 5, 10, 20, 50, 100), (40, 200), 20": "(2, 4), (1, 2), 2",
+        "mib = [peak_apart(*case) for case in": 'mib = ["0" for case in',
+    },
+}
+
+
+def cells(name: str) -> list[str]:
+    """The code of a chapter, without what only Jupyter understands, or of a benchmark."""
+    if name in BENCHMARKS:
+        return [(ROOT / name).read_text(encoding="utf-8")]
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    found = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    return [text for text in found if "%pip" not in text]
+
+
+def smaller(name: str, code: list[str]) -> list[str]:
+    """The same at SMALL sizes.
+
+    Raises:
+        ValueError: if something of SMALL is not in the chapter any more.
+    """
+    for old, new in SMALL.get(name, {}).items():
+        if not any(old in text for text in code):
+            raise ValueError(f"tools/ondevice.py: {name} holds no {old!r} that could be cut.")
+        code = [text.replace(old, new) for text in code]
+    return code
+
+
+class _OnDevice(ast.NodeTransformer):
+    """Puts a chapter on another device; results need not be as asserted."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        """`"cuda" if torch.cuda.is_available() else "cpu"` becomes the device."""
+        self.generic_visit(node)
+        chosen = isinstance(node.body, ast.Constant) and node.body.value == "cuda"
+        return ast.copy_location(ast.Constant(self.device), node) if chosen else node
+
+    def visit_Assert(self, node: ast.Assert) -> ast.Expr:
+        self.generic_visit(node)
+        return ast.copy_location(ast.Expr(node.test), node)
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """`torch.testing.assert_close(a, b, ...)` becomes `(a, b)`."""
+        self.generic_visit(node)
+        close = isinstance(node.func, ast.Attribute) and node.func.attr == "assert_close"
+        return ast.copy_location(ast.Tuple(node.args, ast.Load()), node) if close else node
+
+
+def run(name: str, device: str | None = None) -> None:
+    """Run a chapter or a benchmark: whole where it likes, or small on a device.
+
+    Raises:
+        ValueError: if something of SMALL is not in the code any more.
+    """
+    code = cells(name) if device is None else smaller(name, cells(name))
+    names = {"__name__": "__main__", "__file__": str(ROOT / name), "display": lambda *_: None}
+    for k, text in enumerate(code):
+        tree = ast.parse(text)
+        if device is not None:
+            tree = ast.fix_missing_locations(_OnDevice(device).visit(tree))
+        with mock.patch.object(sys, "argv", [name]):
+            exec(compile(tree, f"{name}, code cell {k}", "exec"), names)
+        plt.close("all")
