@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +91,8 @@ def train(
         "tested_on": source,
         "split": split if source == "omniglot" else "classes",
         "classes": dict(zip(Parts._fields, map(len, parts), strict=True)),
-        "digests": {part: bank.digest for part, bank in parts._asdict().items()},
+        "digests": {part: bank.digest for part, bank in parts._asdict().items()}
+        | {"known_classes": _known_classes(parts)},
         "rotations": rotations,
         "seed": seed,
         "steps": told.steps,
@@ -141,9 +143,12 @@ def evaluate_again(
     same = source == record["data"] and split in (None, known)
     split = split or ("random" if known == "classes" else known)
     parts = data.load(source, record["seed"], split)
-    if same and parts.train.digest != record.get("digests", {}).get("train", parts.train.digest):
-        # Its classes may be divided otherwise now, those of the training among those of the test.
-        raise DataError(f"{source} has changed since the training: train anew, or name --data.")
+    digests = record.get("digests", {})
+    if same and _known_classes(parts) != digests.get("known_classes", _known_classes(parts)):
+        raise DataError(
+            f"{source} has other classes than in training, which may be among those of the test "
+            "now: train anew, or test on another set."
+        )
     helped = transductive and trained.get("transductive", True)
     classes = record["classes"]["train"] * (4 if record["rotations"] == "classes" else 1)
     learner = _learner(method, parts.test, trained["ways"], helped, classes, record["seed"])
@@ -157,13 +162,19 @@ def evaluate_again(
         "learner": learner.extra_repr(),
         "tested_on": f"{source}, {split} split" if source == "omniglot" else source,
         "classes": record["classes"] | {"test": len(parts.test)},
-        "digests": record.get("digests", {}) | {"test": digest},
+        "digests": digests | {"test": digest},
         **_test(learner, parts.test, rotations, episodes, device, asked),
         **made_by,
     }
     out = run / _file_name(source, digest, rotations, transductive)
     results.write(record, out)
     return out
+
+
+def _known_classes(parts: Parts) -> str:
+    """A digest of the names of those that a training has seen."""
+    names = repr((parts.train.names, parts.validation.names))
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
 def _file_name(source: str, digest: str, rotations: str, transductive: bool) -> str:
