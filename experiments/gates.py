@@ -8,7 +8,6 @@ are in percent, with the half width of the 95 % interval over tasks.
 from __future__ import annotations
 
 import copy
-import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from metautils.adapt import SGD, inner_steps
 from metautils.checkpoint import CHECKPOINT, load_weights
 from metautils.data.bank import ClassBank, Parts
 from metautils.evaluate import Evaluation, evaluate
+from metautils.files import read_json
 from metautils.learners.base import Problem
 from metautils.learners.meta_lstm import MetaLSTM
 from metautils.runs import RECORD
@@ -51,7 +51,7 @@ def inside(
     gate_tasks: int,
 ) -> dict[str, Any]:
     """Start or rule, and the gates."""
-    record = json.loads((RUNS / run / RECORD).read_text())
+    record = read_json(RUNS / run / RECORD)
     ways, shots, seed = record["train"]["ways"], record["train"]["shots"], record["seed"]
     loaded = data.load(record["data"], seed, record["split"])
     parts = Parts(*(bank.to(device) for bank in loaded))

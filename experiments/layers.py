@@ -6,7 +6,6 @@ the 95 % interval over tasks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from metautils import data, methods
 from metautils.checkpoint import CHECKPOINT, load_weights
 from metautils.episode import Episode
 from metautils.evaluate import interval95
+from metautils.files import read_json
 from metautils.learners.base import Problem
 from metautils.learners.maml import MAML
 from metautils.learners.protonet import ProtoNet, cosine, squared_euclidean
@@ -38,7 +38,7 @@ def inside(
     at_once: int,
 ) -> dict[str, Any]:
     """What adapts, what the features are worth without, and how queries help one another."""
-    record = json.loads((RUNS / run / RECORD).read_text())
+    record = read_json(RUNS / run / RECORD)
     ways, shots = record["train"]["ways"], record["train"]["shots"]
     test = data.load(record["data"], record["seed"], record["split"]).test.to(device)
     problem = Problem(test.images.shape[1:], ways, record["classes"]["train"])

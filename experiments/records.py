@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import torch
 
 from metautils import results
 from metautils.evaluate import Evaluation
-from metautils.files import write_json
+from metautils.files import read_json, write_json
 from metautils.runs import RECORD
 
 HERE = Path(__file__).resolve().parent
@@ -67,7 +66,7 @@ def state(name: str, experiment: Experiment) -> str | None:
     path = results.folder() / f"{name}.json"
     if not path.exists():
         return "missing"
-    saved = json.loads(path.read_text()).get("settings")
+    saved = read_json(path).get("settings")
     wanted = [experiment.settings, experiment.settings | experiment.gpu]
     if saved in wanted:
         return None

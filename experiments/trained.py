@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from metautils import methods, runs
+from metautils.files import read_json
 from records import RUNS, Experiment
 
 TINY = {"steps": 2, "ways": 2, "tasks": 1, "queries": 1, "episodes": 2}
@@ -28,7 +28,7 @@ def trained(
 def tested(out: Path, device: torch.device, *, run: str, **how: Any) -> dict[str, Any]:
     """Another test of a training."""
     path = runs.evaluate_again(RUNS / run, device=device, **how)
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _trained(method: str, source: str, minutes: float, **changed: int) -> Experiment:

@@ -6,7 +6,6 @@ and without L2-SP, and training from scratch. A fifth of the images of a row cho
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from metautils.classifier import Classifier, test
 from metautils.data import labelled
 from metautils.data.labelled import Split
 from metautils.evaluate import wilson95
-from metautils.files import DataError, data_folder, write_json
+from metautils.files import DataError, data_folder, read_json, write_json
 from metautils.finetune import Recipe, stage_one, stage_two
 from records import RUNS, Experiment
 
@@ -93,7 +92,7 @@ def accuracies(
     device: torch.device,
 ) -> Found:
     """Right answers and minutes by method; `kept` holds those of an earlier run."""
-    found = json.loads(kept.read_text()) if kept.exists() else {}
+    found = read_json(kept) if kept.exists() else {}
     scratch_lr, pull = others
 
     def note(name: str, net: Classifier, began: float) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from metautils.errors import Diverged, ReaderError
 from metautils.files import DataError, load_safely, save_atomically
 
 CHECKPOINT = "checkpoint.pt"
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(ReaderError, ValueError):
     """A checkpoint does not belong to this network or this run."""
 
 
@@ -109,7 +110,7 @@ class Training:
             FloatingPointError: always.
         """
         kept = "" if self.path is None else f" The last good checkpoint stays in {self.path}."
-        raise FloatingPointError(f"{what}, so training stopped.{kept} {advice}")
+        raise Diverged(f"{what}, so training stopped.{kept} {advice}")
 
 
 PARTS = ("net", "optimizer", "schedule")  # with a state of their own

@@ -79,8 +79,8 @@ def load(path: str | Path) -> Classifier:
     Raises:
         DataError: if the file is missing, damaged or something else.
     """
-    told = load_safely(Path(path))
-    if not isinstance(told, dict) or not {"classes", "size", "weights"} <= told.keys():
+    told, kinds = load_safely(Path(path)), {"classes": list, "size": int, "weights": dict}
+    if not isinstance(told, dict) or not all(isinstance(told.get(x), kinds[x]) for x in kinds):
         raise DataError(f"{path} holds no classifier: name the model.pt of a fine-tuning.")
     net = Classifier(pretrained.body(None), told["classes"], told["size"])
     try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from metautils import classifier, data, finetune, methods, results, runs
-from metautils.checkpoint import CheckpointMismatch
 from metautils.data.bank import Parts
-from metautils.files import DataError
+from metautils.errors import BadArgument, ReaderError
 from metautils.finetune import Recipe
 
 
@@ -52,12 +53,12 @@ def finetune_folder(args: argparse.Namespace) -> None:
     recipe = Recipe(**{k: v for k, v in asked.items() if v is not None}, mirror=args.mirror)
     weights = None if args.weights == "none" else args.weights
     if weights is None and args.pull is not None:
-        raise ValueError("--l2-sp pulls to pretrained weights, so it needs other --weights.")
+        raise BadArgument("--l2-sp pulls to pretrained weights, so it needs other --weights.")
     if args.pull is not None and args.pull < 0:
-        raise ValueError(f"--l2-sp is {args.pull}: a strength is 0 or more.")
+        raise BadArgument(f"--l2-sp is {args.pull}: a strength is 0 or more.")
     tested = finetune.run(args.data, args.out, recipe, weights, args.device, args.workers)
     print(tested)
-    print(f"Classifier in {args.out / classifier.MODEL}, record in {args.out / 'record.json'}")
+    print(f"Classifier in {args.out / classifier.MODEL}, record in {args.out / finetune.RECORD}")
 
 
 def classify(args: argparse.Namespace) -> None:
@@ -79,12 +80,26 @@ def describe(args: argparse.Namespace) -> None:
         )
 
 
+def page(args: argparse.Namespace) -> None:
+    """Print all records as Markdown."""
+    try:
+        print(results.page(), flush=True)
+    except BrokenPipeError:  # who reads it has seen enough, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; bad input ends with one sentence on stderr and status 2."""
+    """Run one command; bad input ends with one sentence on stderr and status 2.
+
+    A fault of the package is none of the reader's, so it keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows may lack the letters of a name
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
     try:
         args.run_command(args)
-    except (DataError, CheckpointMismatch, ValueError, FloatingPointError, OSError) as error:
+    except ReaderError as error:
         print(f"metautils: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -105,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--split", default="random", choices=["random", "background"])
     one.add_argument("--preset", default="quick", choices=["quick", "full"])
     one.add_argument("--out", type=Path, required=True, help="folder for checkpoint and record")
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=_seed, default=0)
     one.add_argument("--ways", type=_positive, help="of the training episodes")
     one.add_argument("--shots", type=_positive, help="of the training episodes")
     one.set_defaults(run_command=train)
@@ -139,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--no-mirror", dest="mirror", action="store_false", help="for letters, digits, signs"
     )
-    tune.add_argument("--workers", type=int, default=0, help="processes that read images")
-    tune.add_argument("--seed", type=int, default=0)
+    tune.add_argument("--workers", type=_natural, default=0, help="processes that read images")
+    tune.add_argument("--seed", type=_seed, default=0)
     tune.set_defaults(run_command=finetune_folder)
 
     tell = commands.add_parser("classify", help=classify.__doc__, description=classify.__doc__)
@@ -148,8 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     tell.add_argument("images", type=Path, nargs="+")
     tell.set_defaults(run_command=classify)
 
-    four = commands.add_parser("results", help="print all records as Markdown")
-    four.set_defaults(run_command=lambda args: print(results.page()))
+    four = commands.add_parser("results", help=page.__doc__, description=page.__doc__)
+    four.set_defaults(run_command=page)
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     for command in (one, two, tune):
@@ -172,8 +187,19 @@ def _device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(message) from error
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return int(text)
+
     return number
+
+
+_natural, _positive = _at_least(0), _at_least(1)
+
+
+def _seed(text: str) -> int:
+    if not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is longer than the 64 bits of a seed")
+    return int(text)

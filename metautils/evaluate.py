@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.data.regression import RegressionSampler
+from metautils.errors import BadArgument
 from metautils.learners.base import Learner
 from metautils.precision import fast_autocast
 from metautils.sampling import EpisodeSampler
@@ -26,7 +27,7 @@ def interval95(values: Tensor) -> float:
         ValueError: for fewer than two values, which say nothing about their spread.
     """
     if len(values) < 2:
-        raise ValueError(f"An interval needs at least 2 episodes, not {len(values)}.")
+        raise BadArgument(f"An interval needs at least 2 episodes, not {len(values)}.")
     # On the CPU, as not every device has float64.
     return 1.96 * float(values.cpu().double().std()) / len(values) ** 0.5
 

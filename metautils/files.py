@@ -9,16 +9,62 @@ import pickle
 import shutil
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from metautils.errors import ReaderError
 
-class DataError(RuntimeError):
+
+class DataError(ReaderError, RuntimeError):
     """A data set or file is missing or damaged; the message says which and what to do."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say what the system says of a file or folder of the reader's.
+
+    Raises:
+        DataError: if it is missing, is no file, or may not be read.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: check the name, or run again.") from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}): check its name, and that you may "
+            "read it."
+        ) from error
+
+
+def listed(folder: Path) -> list[Path]:
+    """What lies in a folder, by name: in the same order on every system.
+
+    Paths themselves are sorted on Windows as if in lower case.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    with reading(folder):
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        DataError: if the file is missing, damaged or something else.
+    """
+    with reading(path):
+        content = path.read_bytes()
+    try:
+        return json.loads(content.decode())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged, or not written here: delete it, run again.") from error
 
 
 def save_atomically(value: Any, path: Path) -> None:
@@ -51,8 +97,10 @@ def _written(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-    # torch's own writer says RuntimeError where the disk is full.
     except (OSError, RuntimeError) as error:
+        # torch's own writer says RuntimeError where the disk is full, on top of the system's error.
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):
+            raise
         raise DataError(
             f"{path} could not be written ({error}): free some space, or choose a folder that you "
             "may write to."
@@ -75,7 +123,7 @@ def check_folder(folder: Path, room: int) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe.partial"
+        probe = folder / f".probe.{uuid.uuid4().hex}.partial"  # another process may look too
         try:
             probe.write_bytes(b"x")
         finally:
@@ -92,16 +140,21 @@ def check_folder(folder: Path, room: int) -> None:
         )
 
 
+def written_at(path: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None if it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def load_safely(path: Path) -> Any:
     """`torch.load` of tensors and plain values only.
 
     Raises:
         DataError: if the file is damaged or holds anything else.
     """
+    with reading(path):
+        path.open("rb").close()
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist: check the name, or run again.") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError) as error:
         raise DataError(f"{path} is damaged, or not written here: delete it, run again.") from error
 
@@ -123,5 +176,13 @@ def data_folder() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where decoded and downloaded sets are kept: `METAUTILS_CACHE` or `~/.cache/metautils`."""
-    return Path(os.environ.get("METAUTILS_CACHE") or Path.home() / ".cache" / "metautils")
+    """Where decoded and downloaded sets are kept: `METAUTILS_CACHE` or `~/.cache/metautils`.
+
+    Raises:
+        DataError: if there is neither that nor a home.
+    """
+    named = os.environ.get("METAUTILS_CACHE")
+    try:
+        return Path(named) if named else Path.home() / ".cache" / "metautils"
+    except RuntimeError as error:
+        raise DataError(f"{error}: set METAUTILS_CACHE to a folder for data.") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,19 @@ from metautils.classifier import (
 )
 from metautils.data import labelled
 from metautils.data.labelled import PARTS, Split
-from metautils.files import DataError, check_folder, load_safely, save_atomically, write_json
+from metautils.errors import BadArgument
+from metautils.files import (
+    DataError,
+    check_folder,
+    load_safely,
+    save_atomically,
+    write_json,
+    written_at,
+)
 from metautils.fit import Epoch, fit
 
+CHECKPOINT = "all_layers.pt"
+RECORD = "record.json"
 ROOM = 600 << 20  # bytes that a run writes: weights three times, momentum, features
 
 
@@ -74,18 +84,22 @@ class Recipe:
 
 def _features(
     net: Classifier, split: Split, recipe: Recipe, kept: Path | None, workers: int, progress: bool
-) -> tuple[TensorDataset, TensorDataset]:
-    """Features of the training and validation images, from the file `kept` if it has them."""
+) -> tuple[TensorDataset, TensorDataset, float]:
+    """Features of the training and validation images, and the seconds that they took.
+
+    From the file `kept` if it has them.
+    """
     told = {"size": net.size, **_told(net, split)}
-    if kept is not None and kept.exists():
-        saved = load_safely(kept)
-        if saved["of"] == told:
-            return TensorDataset(*saved["train"]), TensorDataset(*saved["validation"])
-    train, validation = (features(net, part, recipe.batch, workers, progress) for part in split[:2])
-    if kept is not None:
-        saved = {"of": told, "train": train.tensors, "validation": validation.tensors}
-        save_atomically(saved, kept)
-    return train, validation
+    saved = load_safely(kept) if kept is not None and kept.exists() else None
+    if not isinstance(saved, dict) or saved.get("of") != told or "seconds" not in saved:
+        began = time.perf_counter()
+        rows = [features(net, part, recipe.batch, workers, progress) for part in split[:2]]
+        saved = dict(zip(PARTS, (each.tensors for each in rows), strict=False))
+        saved |= {"of": told, "seconds": time.perf_counter() - began}
+        if kept is not None:
+            save_atomically(saved, kept)
+    train, validation = (TensorDataset(*saved[part]) for part in ("train", "validation"))
+    return train, validation, saved["seconds"]
 
 
 def _told(net: Classifier, split: Split) -> dict[str, Any]:
@@ -120,14 +134,14 @@ def stage_one(
         progress: show bars and a row for each epoch.
 
     Returns:
-        A row for each epoch.
+        A row for each epoch; the seconds of the first count those of the features too.
     """
     kept = None if out is None else Path(out) / "features.pt"
-    train, validation = _features(net, split, recipe, kept, workers, progress)
+    train, validation, seconds = _features(net, split, recipe, kept, workers, progress)
     torch.manual_seed(recipe.seed)
     net.head.reset_parameters()
     optimizer = Adam(net.head.parameters(), recipe.probe_lr, weight_decay=recipe.decay)
-    return fit(
+    first, *rest = fit(
         net.head,
         batches(train, recipe.batch, shuffle=True),
         batches(validation, recipe.batch),
@@ -136,6 +150,7 @@ def stage_one(
         recipe.probe_epochs,
         progress=progress,
     )
+    return [replace(first, seconds=first.seconds + seconds), *rest]
 
 
 def stage_two(
@@ -148,7 +163,7 @@ def stage_two(
 ) -> list[Epoch]:
     """Train all layers, the body at a tenth of the head's rate.
 
-    Arguments and result as of `stage_one`; the checkpoint is `all_layers.pt`.
+    Arguments as of `stage_one`; the checkpoint is `all_layers.pt`. Returns a row for each epoch.
     """
     torch.manual_seed(recipe.seed)
     start = {f"body.{k}": w.detach().clone() for k, w in net.body.named_parameters()}
@@ -165,7 +180,7 @@ def stage_two(
     def penalty(net: nn.Module) -> Tensor:
         return l2_sp(net, start, recipe.pull, recipe.decay)
 
-    path = None if out is None else Path(out) / "all_layers.pt"
+    path = None if out is None else Path(out) / CHECKPOINT
     return fit(
         net,
         batches(split.train, recipe.batch, to_train(recipe.size, recipe.mirror), True, workers),
@@ -201,23 +216,30 @@ def run(
 
     Raises:
         DataError: if images, weights or folder are not as they should be, before any training.
+        BadArgument: if images are so small that a batch of one has no variance.
     """
+    if recipe.batch == 1 and recipe.size <= 32:
+        raise BadArgument(
+            f"batch=1 with size={recipe.size}: batch normalisation needs two numbers or more, so "
+            "give a larger batch or larger images."
+        )
     made_by = results.provenance(torch.device(device))
     if Path(path).resolve() in (out.resolve(), *out.resolve().parents):
         raise DataError(f"{out} lies in {path} and would be taken for a class: choose another.")
     check_folder(out, ROOM)
     split = labelled.load(path, recipe.seed, progress=True)
-    for note in split.notes[:5]:
-        print(note)
-    if len(split.notes) > 5:
-        print(f"... and {len(split.notes) - 5} more that are read as RGB.")
-    print("images:", *(f"{len(part)} {name}" for part, name in zip(split, PARTS, strict=False)))
+    _print(split)
     torch.manual_seed(recipe.seed)
     net = Classifier(pretrained.body(weights), split.train.classes, recipe.size).to(device)
-    began = time.perf_counter()
+    before = written_at(out / CHECKPOINT)
     stages = [stage_two] if weights is None else [stage_one, stage_two]
     rows = {each.__name__: each(net, split, recipe, out, workers, True) for each in stages}
+    finished_before = before == written_at(out / CHECKPOINT)
+    began = time.perf_counter()
     tested = test(net, split.test, recipe.batch, workers)
+    # Of all starts together, if it was interrupted: the rows are kept.
+    seconds = sum(row.seconds for each in rows.values() for row in each)
+    seconds += time.perf_counter() - began
     net.save(out / MODEL)
     record = {
         "data": str(path),
@@ -229,11 +251,20 @@ def run(
         "test": {"right": tested.right, "accuracy": tested.accuracy, "interval": tested.interval},
         "confusion": tested.confusion.tolist(),
         "worst": [tested.files[k] for k in tested.worst()],
-        "minutes": round((time.perf_counter() - began) / 60, 2),
+        "minutes": round(seconds / 60, 2),
+        "trained_by": results.kept(out / RECORD, made_by) if finished_before else made_by,
         **made_by,
     }
-    write_json(record, out / "record.json")
+    write_json(record, out / RECORD)
     return tested
+
+
+def _print(split: Split) -> None:
+    for note in split.notes[:5]:
+        print(note)
+    if len(split.notes) > 5:
+        print(f"... and {len(split.notes) - 5} more that are read as RGB.")
+    print("images:", *(f"{len(part)} {name}" for part, name in zip(split, PARTS, strict=False)))
 
 
 def l2_sp(net: nn.Module, start: dict[str, Tensor], pull: float, decay: float) -> Tensor:

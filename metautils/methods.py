@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from metautils import learners
-from metautils.files import DataError
+from metautils.files import DataError, reading
 from metautils.learners.base import Method
 
 
@@ -46,8 +46,8 @@ def find(name: str) -> Method:
 
 
 def _from_file(path: Path) -> Method:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: check the name of the file.")
+    with reading(path):
+        path.open("rb").close()
     # A name that hides no other module, under which a dataclass of the file finds its own.
     spec = importlib.util.spec_from_file_location(f"_own_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, resnet50
 
 from metautils.checkpoint import CheckpointMismatch, check_same_network
-from metautils.files import DataError, load_safely
+from metautils.files import DataError, load_safely, reading
 
 FEATURES = 2048  # that a ResNet-50 gives for an image
 IMAGENET = ResNet50_Weights.IMAGENET1K_V2
@@ -67,7 +67,7 @@ def imagenet() -> dict[str, Tensor]:
 
 def _check_hash(path: Path) -> None:
     expected = path.stem.rsplit("-", 1)[1]
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if not found.startswith(expected):
         raise DataError(

@@ -13,12 +13,13 @@ import torch
 
 from metautils import methods
 from metautils.evaluate import Evaluation
-from metautils.files import write_json
+from metautils.files import read_json, write_json
 
 FIELDS = (
     "method", "data", "tested_on", "split", "classes", "rotations", "seed", "steps", "train",
     "evaluations", "baseline", "minutes", "device", "threads", "torch", "commit",
 )  # fmt: skip
+MADE_BY = FIELDS[-4:]  # of the test; those of the training stand in "trained_by"
 
 
 def folder() -> Path:
@@ -49,7 +50,7 @@ def read(name: str) -> dict[str, Any]:
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in folder().glob("*.json")))
         raise FileNotFoundError(f"There is no record {name!r} in results/; there are: {known}.")
-    return json.loads(path.read_text())
+    return _load(path)
 
 
 def title(method: str) -> str:
@@ -84,6 +85,20 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
+def trained_by(record: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of a record's training, which may be another than that of its test."""
+    return record.get("trained_by") or {name: record[name] for name in MADE_BY}
+
+
+def kept(path: Path, made_by: dict[str, Any]) -> dict[str, Any]:
+    """What a training that was finished before was made by: what its record says, if it has one.
+
+    Raises:
+        DataError: if the record is damaged.
+    """
+    return trained_by(made_by | read_json(path)) if path.exists() else made_by
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -97,11 +112,18 @@ def _device_name(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of the package, unless it only lies in a repository that does not hold it."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--dirty")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    done = subprocess.run(command, capture_output=True, check=True)
+    return done.stdout.decode(errors="replace").strip()
 
 
 def published(data: str) -> list[dict[str, Any]]:
@@ -109,14 +131,14 @@ def published(data: str) -> list[dict[str, Any]]:
 
     `status` says whether the number was read in the paper or is second-hand.
     """
-    rows = json.loads((folder() / "published.json").read_text())
+    rows = _load(folder() / "published.json")
     return [row for row in rows if row["data"] == data]
 
 
 def records() -> dict[str, dict[str, Any]]:
     """All records by name, sorted."""
-    paths = sorted(folder().glob("*.json"))
-    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    paths = sorted(folder().glob("*.json"), key=lambda path: path.name)
+    found = {path.stem: _load(path) for path in paths}
     return {k: r for k, r in found.items() if isinstance(r, dict) and "evaluations" in r}
 
 
@@ -178,8 +200,8 @@ def page() -> str:
              "Steps", "Minutes", "Hardware", "torch", "Commit"],
             [[f"`{k}`", r["split"], " / ".join(map(str, r["classes"].values())), r["rotations"],
               "{tasks} x {ways}-way {shots}-shot, {queries} queries".format(**r["train"]),
-              r["seed"], r["steps"], r["minutes"], f"{r['device']}, {r['threads']} threads",
-              r["torch"], f"`{r['commit']}`"] for k, r in found.items()],
+              r["seed"], r["steps"], r["minutes"], _both(r, "{device}, {threads} threads"),
+              _both(r, "{torch}"), _both(r, "`{commit}`")] for k, r in found.items()],
         ),
         "## Learners that compare",
         *map(_measured, sorted(folder().glob("compare_*.json"))),
@@ -196,17 +218,27 @@ def page() -> str:
     return "\n\n".join(parts)
 
 
+def _both(record: dict[str, Any], told: str) -> str:
+    """What a training was made by, and its test if that was made by something else."""
+    trained, tested = (told.format(**x) for x in (trained_by(record), record))
+    return trained if trained == tested else f"{trained}; test: {tested}"
+
+
 def tables(name: str) -> dict[str, str]:
     """The tables of `results/NAME.json`, a measurement of another kind, as Markdown by title."""
-    r = json.loads((folder() / f"{name}.json").read_text())
+    r = _load(folder() / f"{name}.json")
     return {t["title"]: _markdown(t["heads"], t["rows"]) for t in r["tables"]}
 
 
 def _measured(path: Path) -> str:
-    r = json.loads(path.read_text())
+    r = _load(path)
     where = f"{r['device']}, torch {r['torch']}, {r['threads']} thread(s), commit `{r['commit']}`"
     parts = [f"**{title}**\n\n{each}" for title, each in tables(path.stem).items()]
     return "\n\n".join([f"{r['what']}; {where}.", *parts])
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _markdown(heads: list[str], rows: list[list[Any]]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from torch import nn
 from metautils import data, methods, results
 from metautils.checkpoint import CHECKPOINT, load_weights
 from metautils.data.bank import ClassBank, Parts
+from metautils.errors import BadArgument
 from metautils.evaluate import evaluate
-from metautils.files import DataError
+from metautils.files import DataError, check_folder, read_json, reading, written_at
 from metautils.learners.base import Learner, Method, Preset, Problem
 from metautils.learners.baseline import Baseline
 from metautils.learners.protonet import ProtoNet
@@ -62,11 +64,11 @@ def train(
     """
     method, made_by = methods.find(name), results.provenance(torch.device(device))
     if preset not in method.presets:
-        raise ValueError(f"{name} has no preset {preset!r}, only {', '.join(method.presets)}.")
+        raise BadArgument(f"{name} has no preset {preset!r}, only {', '.join(method.presets)}.")
     parts = data.load(source, seed, split)
     for part, bank in zip(Parts._fields, parts, strict=True):
         if not len(bank):
-            raise ValueError(f"{source} leaves no class for {part}: choose a set with more.")
+            raise BadArgument(f"{source} leaves no class for {part}: choose a set with more.")
     told = _preset(method.presets[preset], changed, len(parts.train))
     rotations = method.rotations if source in DRAWN else "none"
     asked = method.tests(told.ways, told.shots)
@@ -74,10 +76,14 @@ def train(
     banks = [_rotated(bank, rotations).to(device) for bank in parts[:2]]
     learner = _learner(method, banks[0], told.ways, transductive, len(banks[0]), seed).to(device)
     episodes, choose = _samplers(method, told, banks, rotations == "episode", seed)
+    # The weights and the best ones, two numbers of Adam for each, all this beside the old file.
+    check_folder(out, 8 * sum(x.nbytes for x in learner.state_dict().values()))
+    before = written_at(out / CHECKPOINT)
     history = meta_train(
         learner, episodes, told.steps, told.lr, choose, validation_episodes,
         every=max(250, told.steps // 24), out=out, clip=told.clip,
     )  # fmt: skip
+    finished_before = before == written_at(out / CHECKPOINT)
     record = {
         "method": name,
         "learner": learner.extra_repr(),
@@ -85,6 +91,8 @@ def train(
         "tested_on": source,
         "split": split if source == "omniglot" else "classes",
         "classes": dict(zip(Parts._fields, map(len, parts), strict=True)),
+        "digests": {part: bank.digest for part, bank in parts._asdict().items()}
+        | {"known_classes": _known_classes(parts)},
         "rotations": rotations,
         "seed": seed,
         "steps": told.steps,
@@ -94,6 +102,7 @@ def train(
         },
         **_test(learner, parts.test, rotations, told.episodes, device, asked),
         "minutes": round(history.seconds / 60, 2),
+        "trained_by": results.kept(out / RECORD, made_by) if finished_before else made_by,
         "preset": preset,
         **made_by,
     }
@@ -115,21 +124,31 @@ def evaluate_again(
     Args:
         run: folder of a training.
         source: another set of images.
-        split: of Omniglot.
+        split: of Omniglot; without it the one that was trained on, or "random".
         rotations: of drawings: "none", all four as "classes", or one a class and "episode".
         transductive: as in `train`.
         device: where to test.
 
     Returns:
-        Where the new record lies, in `run`.
+        Where the new record lies, in `run`. It says by what this test was made, and under
+        "trained_by" by what the training was.
+
+    Raises:
+        DataError: if there is no such training, or the images cannot be had.
+        CheckpointMismatch: if the images do not fit the network.
     """
-    path = run / RECORD
-    if not path.exists():
-        raise DataError(f"{path} does not exist: train with --out {run} first.")
-    record = json.loads(path.read_text())
+    made_by, record = results.provenance(torch.device(device)), _record(run)
     method, trained = methods.find(record["method"]), record["train"]
-    source, split = source or record["data"], split or record["split"]
-    parts = data.load(source, record["seed"], split if source == "omniglot" else "random")
+    source, known = source or record["data"], record["split"]
+    same = source == record["data"] and split in (None, known)
+    split = split or ("random" if known == "classes" else known)
+    parts = data.load(source, record["seed"], split)
+    digests = record.get("digests", {})
+    if same and _known_classes(parts) != digests.get("known_classes", _known_classes(parts)):
+        raise DataError(
+            f"{source} has other classes than in training, which may be among those of the test "
+            "now: train anew, or test on another set."
+        )
     helped = transductive and trained.get("transductive", True)
     classes = record["classes"]["train"] * (4 if record["rotations"] == "classes" else 1)
     learner = _learner(method, parts.test, trained["ways"], helped, classes, record["seed"])
@@ -137,16 +156,44 @@ def evaluate_again(
     load_weights(learner, run / CHECKPOINT)
     episodes = record["evaluations"][0]["episodes"]
     asked = method.tests(trained["ways"], trained["shots"])
+    digest = parts.test.digest
     record |= {
+        "trained_by": results.trained_by(record),
         "learner": learner.extra_repr(),
         "tested_on": f"{source}, {split} split" if source == "omniglot" else source,
         "classes": record["classes"] | {"test": len(parts.test)},
+        "digests": digests | {"test": digest},
         **_test(learner, parts.test, rotations, episodes, device, asked),
+        **made_by,
     }
-    how = "" if transductive else "-inductive"
-    out = run / f"record-{Path(source).name}-{rotations}{how}.json"
+    out = run / _file_name(source, digest, rotations, transductive)
     results.write(record, out)
     return out
+
+
+def _known_classes(parts: Parts) -> str:
+    """A digest of the names of those that a training has seen."""
+    names = repr((parts.train.names, parts.validation.names))
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def _file_name(source: str, digest: str, rotations: str, transductive: bool) -> str:
+    """Another for each test, and the same for the same: folders of one name hold other images."""
+    name = re.sub(r"[^\w.-]", "_", Path(source).resolve().name)[:40]  # as every system allows it
+    how = "" if transductive else "-inductive"
+    return f"record-{name}-{digest[:8]}-{rotations}{how}.json"
+
+
+def _record(run: Path) -> dict[str, Any]:
+    """The record of a training."""
+    path = run / RECORD
+    with reading(path):
+        if not path.exists():
+            raise DataError(f"{path} does not exist: train with --out {run} first.")
+    record = read_json(path)
+    if not isinstance(record, dict) or not set(results.FIELDS) <= record.keys():
+        raise DataError(f"{path} is no record of a training: name the --out folder of one.")
+    return record
 
 
 def _preset(preset: Preset, changed: dict[str, int | None], classes: int) -> Preset:
@@ -187,7 +234,7 @@ def _settings(bank: ClassBank, asked: tuple[tuple[int, int], ...]) -> list[tuple
     settings = [(n, k) for n, k in known if k < fewest]
     if len(bank) < 2 or not settings:
         ways = asked[0][0] if len(asked) == 1 else 2
-        raise ValueError(
+        raise BadArgument(
             f"Testing needs {ways} classes of {shots[0] + 1} images or more; there are "
             f"{len(bank)}, the smallest of {fewest}: give more classes or images."
         )

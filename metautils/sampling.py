@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metautils.data.bank import ClassBank, as_float
 from metautils.episode import Episode
+from metautils.errors import BadArgument
 
 
 class EpisodeSampler:
@@ -52,20 +53,20 @@ class EpisodeSampler:
         sizes = {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}
         for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+                raise BadArgument(f"{name} is {value}; it must be at least 1.")
         if ways > len(bank):
-            raise ValueError(
+            raise BadArgument(
                 f"{ways} ways need {ways} classes but there are {len(bank)}: ask for fewer ways."
             )
         short = (bank.counts < shots + queries).nonzero().flatten()  # (classes that are too small,)
         if len(short):
             k = int(short[0])
-            raise ValueError(
+            raise BadArgument(
                 f"Class {bank.names[k]!r} has {int(bank.counts[k])} images but {shots} shots and "
                 f"{queries} queries need {shots + queries}: ask for fewer or drop the class."
             )
         if rotate and (bank.images.dim() != 4 or bank.images.shape[-1] != bank.images.shape[-2]):
-            raise ValueError(f"Rotations need square images, not {tuple(bank.images.shape[1:])}.")
+            raise BadArgument(f"Rotations need square images, not {tuple(bank.images.shape[1:])}.")
         self.bank, self.rotate = bank, rotate
         self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
         self.generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from metautils.checkpoint import CHECKPOINT, Training
 from metautils.data.quadratics import QuadraticSampler
 from metautils.data.regression import RegressionSampler
+from metautils.errors import BadArgument
 from metautils.evaluate import episode_accuracy
 from metautils.learners.base import Learner
 from metautils.precision import all_digits, fast_autocast
@@ -96,7 +97,7 @@ def meta_train(
         3
     """
     if min(steps, every) < 1 or lr <= 0:
-        raise ValueError(f"steps={steps}, every={every}, lr={lr}: all must be above 0.")
+        raise BadArgument(f"steps={steps}, every={every}, lr={lr}: all must be above 0.")
     settings = {
         "steps": steps,
         "lr": lr,

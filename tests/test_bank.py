@@ -9,6 +9,7 @@ import torch
 from helpers import ROOT, elsewhere, numbered
 from torch import nn
 
+from metautils.data import bank as bank_module
 from metautils.data.bank import ClassBank, as_float, cached, split_classes
 from metautils.files import DataError
 from metautils.precision import fast_autocast
@@ -264,3 +265,24 @@ def test_default_device_plays_no_part():
     for here, there in zip(make(), elsewhere(make), strict=True):
         assert here.digest == there.digest
         assert torch.equal(here.starts, there.starts)
+
+
+def test_bank_is_there_without_a_home(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    monkeypatch.delenv("METAUTILS_CACHE", raising=False)
+    with pytest.warns(UserWarning, match="will be made again next time: .* METAUTILS_CACHE"):
+        assert same(cached("squares", square), square())
+
+
+@pytest.mark.parametrize("fault", [ValueError, TypeError, KeyError])
+def test_fault_of_ours_is_not_taken_for_a_damaged_cache(empty_cache, monkeypatch, fault):
+    def broken(path):
+        raise fault("a fault")
+
+    cached("squares", square)
+    monkeypatch.setattr(bank_module, "load_safely", broken)
+    with pytest.raises(fault, match="a fault"):
+        cached("squares", square)

@@ -120,9 +120,11 @@ def test_saved_classifier_gives_the_same_answers(tmp_path):
     [
         ([1, 2], "holds no classifier: name the model.pt"),
         ({"weights": {}, "size": 32}, "holds no classifier"),
+        ({"classes": 3, "size": 32, "weights": {}}, "holds no classifier"),
+        ({"classes": ["a"], "size": 32, "weights": [1]}, "holds no classifier"),
         ({"classes": list(COLOURS), "size": 16, "weights": tiny_classifier().state_dict()}, ""),
     ],
-    ids=["list", "without names", "another body"],
+    ids=["list", "without names", "a number", "a list of weights", "another body"],
 )
 def test_file_that_holds_no_classifier(tmp_path, content, sentence):
     torch.save(content, tmp_path / "x.pt")

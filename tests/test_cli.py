@@ -1,10 +1,13 @@
 """The command line does what it is told, and ends with one sentence where it cannot."""
 
+import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import ROOT, blobs, quick_preset, train
+from helpers import OWN_METHOD, ROOT, blobs, paint, quick_preset, train
 
 from metautils import cli, data, results
 from metautils.checkpoint import CHECKPOINT
@@ -185,6 +188,109 @@ def test_device_that_is_none(tmp_path, capsys):
             train(tmp_path, "--device", name)
         assert stopped.value.code == 2
         assert f"'{name}' is no device of this machine: try cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"half", "record.json is damaged, or not written here"),
+        (b"\xff", "record.json is damaged, or not written here"),
+        (b"{}", "record.json is no record of a training: name the --out folder of one"),
+        (b"[1]", "record.json is no record of a training: name the --out folder of one"),
+        (None, "record.json cannot be read ("),
+    ],
+)
+def test_record_that_is_none(tmp_path, capsys, content, sentence):
+    path = tmp_path / "record.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    says(capsys, ["evaluate", tmp_path, "--device", "cpu"], sentence)
+
+
+def test_files_that_may_not_be_read(tmp_path, capsys, monkeypatch, many_classes):
+    """Told by name, whether it is a folder of images, a class of it, a method or a record."""
+    (tmp_path / "mine.py").write_text(OWN_METHOD, encoding="utf-8")
+    (tmp_path / "record.json").touch()
+    locked, opened, listed = [], Path.open, Path.iterdir
+
+    def refuse(whole):
+        def wrapped(path, *arguments, **named):
+            if path in locked:
+                raise PermissionError(13, "Permission denied", str(path))
+            return whole(path, *arguments, **named)
+
+        return wrapped
+
+    monkeypatch.setattr(Path, "open", refuse(opened))
+    monkeypatch.setattr(Path, "read_bytes", refuse(Path.read_bytes))
+    monkeypatch.setattr(Path, "iterdir", refuse(listed))
+    out = ["--out", tmp_path / "run"]
+    for path, command in [
+        (many_classes, ["data", many_classes]),
+        (many_classes / "class03", ["data", many_classes]),
+        (many_classes, ["finetune", "--data", many_classes, *out]),
+        (tmp_path / "mine.py", ["train", tmp_path / "mine.py", *out]),
+        (tmp_path / "record.json", ["evaluate", tmp_path]),
+    ]:
+        locked[:] = [path]
+        says(capsys, command, f"{path} cannot be read (Permission denied): check its name")
+
+
+def test_method_that_is_a_folder(tmp_path, capsys):
+    (tmp_path / "mine.py").mkdir()
+    command = ["train", tmp_path / "mine.py", "--out", tmp_path / "run"]
+    says(capsys, command, "mine.py cannot be read (")
+
+
+def test_batch_of_one_small_image(tmp_path, capsys):
+    paint(tmp_path / "photos")
+    command = ["finetune", "--data", tmp_path / "photos", "--out", tmp_path / "out"]
+    command += ["--weights", "none", "--size", 32, "--batch", 1, "--device", "cpu"]
+    says(capsys, command, "batch=1 with size=32: batch normalisation needs two numbers or more")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--seed", 2**63, "is longer than the 64 bits of a seed"),
+        ("--seed", -(2**63) - 1, "is longer than the 64 bits of a seed"),
+        ("--workers", -1, "-1 must be at least 0"),
+    ],
+)
+def test_number_out_of_range(tmp_path, capsys, option, value, told):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["finetune", "--data", ".", "--out", str(tmp_path), option, str(value)])
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
+def test_longest_seeds(tmp_path, seed):
+    assert train(tmp_path, "--seed", seed) == 0
+
+
+FAULTS = [ValueError, OSError, FileNotFoundError, KeyError, RuntimeError, FloatingPointError]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_of_the_package_keeps_its_traceback(capsys, monkeypatch, fault):
+    """It is none of the reader's, to whom a sentence would say that it is."""
+
+    def broken(*arguments, **named):
+        raise fault("a fault")
+
+    monkeypatch.setattr(data, "load", broken)
+    with pytest.raises(fault, match="a fault"):
+        cli.main(["data", "digits"])
+    assert capsys.readouterr().err == ""
+
+
+def test_results_may_be_read_in_part(monkeypatch):
+    """As by `| head`, which closes the pipe when it has seen enough."""
+    end, start = os.pipe()
+    os.close(end)
+    with io.TextIOWrapper(os.fdopen(start, "wb"), encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["results"]) == 0
 
 
 def test_interruption_says_how_to_go_on(capsys, monkeypatch):

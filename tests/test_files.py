@@ -20,8 +20,12 @@ from metautils.files import (
     cache_folder,
     check_folder,
     data_folder,
+    listed,
     load_safely,
+    read_json,
     save_atomically,
+    write_json,
+    written_at,
 )
 
 
@@ -64,8 +68,9 @@ def test_failing_save_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.pt"
     save_atomically(torch.ones(3), path)
     before = path.read_bytes()
-    with pytest.raises(RuntimeError, match="halfway"):
+    with pytest.raises(RuntimeError, match="halfway") as caught:  # a fault, and none of the disk
         save_atomically([torch.zeros(1000), Breaks()], path)
+    assert not isinstance(caught.value, DataError)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -211,8 +216,58 @@ def test_missing_file_is_told(tmp_path):
 
 
 def test_folder_in_place_of_a_file_is_told(tmp_path):
-    with pytest.raises(DataError, match="damaged, or not written here"):
-        load_safely(tmp_path)
+    told_in_one_line(lambda: load_safely(tmp_path), "cannot be read .*: check its name")
+
+
+def refused(*arguments, **named):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("read", [load_safely, read_json])
+def test_file_that_may_not_be_read_is_told(tmp_path, monkeypatch, read):
+    """As such, not as damaged."""
+    path = tmp_path / "x"
+    path.touch()
+    monkeypatch.setattr(Path, "open", refused)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    told_in_one_line(lambda: read(path), r"x cannot be read \(Permission denied\): check its name")
+
+
+def test_json_comes_back(tmp_path):
+    value = {"name": "日本", "numbers": [1, 2.5, None]}
+    write_json(value, tmp_path / "x.json")
+    assert read_json(tmp_path / "x.json") == value
+
+
+@pytest.mark.parametrize("content", [b"", b"half", b"\xff"])
+def test_damaged_json_is_told(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    told_in_one_line(lambda: read_json(tmp_path / "x.json"), r"x\.json is damaged, or not written")
+
+
+def test_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    told_in_one_line(lambda: listed(tmp_path / "gone"), "gone does not exist")
+    monkeypatch.setattr(Path, "iterdir", refused)
+    told_in_one_line(lambda: listed(tmp_path), r"cannot be read \(Permission denied\)")
+
+
+def test_time_of_writing(tmp_path):
+    path = tmp_path / "x"
+    assert written_at(path) is None
+    path.touch()
+    os.utime(path, ns=(5, 7))
+    assert written_at(path) == 7
+
+
+def test_cache_folder_without_a_home(monkeypatch):
+    """As for a user of a container whom the system does not know."""
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("METAUTILS_CACHE", raising=False)
+    told_in_one_line(cache_folder, "home directory.: set METAUTILS_CACHE to a folder for data")
 
 
 def test_data_folder(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import count
@@ -288,6 +289,50 @@ def test_run_goes_on_where_it_was_stopped(tmp_path, photos, bodies, weights):
     assert all(same_weights(weights, end) for _, weights in (again, finished))
     assert (cut / "all_layers.pt").read_bytes() == kept
     assert same_weights(last(whole), last(cut))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Each look at the clock is half a minute after the one before."""
+    ticks = count(0, 30)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+
+
+@pytest.mark.parametrize("weights", [None, "imagenet"])
+def test_minutes_are_those_of_the_whole_run(tmp_path, photos, bodies, clock, weights):
+    """However often it was stopped, and when a finished one answers again."""
+
+    def minutes(out):
+        finetune.run(photos, out, RECIPE, weights)
+        return json.loads((out / "record.json").read_bytes())["minutes"]
+
+    whole = minutes(tmp_path / "whole")
+    # Half a minute for each epoch and for the test, and for the features where there are some.
+    assert whole == 0.5 * (3 + 1 + (20 + 1 if weights else 0))
+    cut = tmp_path / "cut"
+    for step in (8, 4):
+        interrupted(step, lambda: minutes(cut))
+    assert minutes(cut) == whole
+    assert minutes(cut) == whole
+
+
+def test_test_and_training_are_told_apart(tmp_path, photos, bodies, monkeypatch):
+    """A finished run that answers again was not trained by what it is tested by."""
+    told = {}
+    monkeypatch.setattr(finetune.results, "provenance", lambda device: told.copy())
+    for commit, expected in (("old", "old"), ("new", "old")):
+        told |= dict.fromkeys(("device", "threads", "torch", "commit"), commit)
+        finetune.run(photos, tmp_path, RECIPE, None)
+        record = json.loads((tmp_path / "record.json").read_bytes())
+        assert record["commit"] == commit
+        assert set(record["trained_by"].values()) == {expected}
+
+
+@pytest.mark.parametrize("kept", [[], {"of": 1}])
+def test_features_that_are_something_else_are_made_again(tmp_path, split, kept):
+    torch.save(kept, tmp_path / "features.pt")
+    assert body_calls(tiny_classifier(), split, tmp_path)[0] == 7
+    assert body_calls(tiny_classifier(), split, tmp_path)[0] == 0
 
 
 def test_run_follows_its_seed_alone(tmp_path, photos, bodies):

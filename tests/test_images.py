@@ -135,3 +135,21 @@ def test_missing_image_is_named(tmp_path):
 def test_what_systems_leave_behind_is_not_visible(name):
     assert not visible(name)
     assert visible(name.strip("._"))
+
+
+def test_sixteen_bits_are_turned_upright(tmp_path):
+    """As the file says, which the conversion to 8 bits does not keep."""
+    image, exif = sixteen_bits(65535), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "x.png", exif=exif)
+    assert read_image(tmp_path / "x.png").size == (20, 30)
+
+
+def test_fault_of_ours_is_not_taken_for_a_bad_image(tmp_path, monkeypatch):
+    def broken(image):
+        raise ValueError("a fault")
+
+    Image.new("L", (4, 4)).save(tmp_path / "x.png")
+    monkeypatch.setattr("metautils.data.images._eight_bits", broken)
+    with pytest.raises(ValueError, match="^a fault$"):
+        read_image(tmp_path / "x.png")

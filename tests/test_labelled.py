@@ -81,6 +81,12 @@ def test_copies_of_a_picture_stay_together_and_count_once(tmp_path, seed):
     assert [len(part - set(map(str, copies))) for part in found] == [6, 2, 2]
 
 
+def test_classes_may_be_named_like_parts(tmp_path):
+    """Where there is no train among them, they are none."""
+    split = labelled.load(fill(tmp_path, test=3, Test=3, val=3))
+    assert split.train.classes == ["Test", "test", "val"]
+
+
 @pytest.mark.parametrize("name", ["validation", "val", "valid"])
 def test_parts_that_are_given_stay_as_they_are(tmp_path, name):
     fill(tmp_path, **dict.fromkeys(GIVEN, 4), **{f"{name}/a": 2, f"{name}/b": 1, "notes": 1})
@@ -309,6 +315,14 @@ def animated(name):
         ),
         pytest.param(with_file("b/notes.txt", b"words"), r"b/notes\.txt is no readable", id="text"),
         pytest.param(with_file("b/0.png", b""), r"b/0\.png is no readable", id="no byte"),
+        pytest.param(
+            given(**{"Train/a": 4, "Train/b": 4}),
+            "has Train/ and train/, both for train",
+            id="case",
+        ),
+        pytest.param(
+            given(**{"val/a": 1, "validation/b": 1}), "has val/ and validation/, both", id="two val"
+        ),
         pytest.param(animated("x.gif"), r"a/x\.gif has 2 frames: save the one", id="GIF"),
         pytest.param(animated("x.tif"), r"a/x\.tif has 2 frames: save the one", id="TIFF"),
     ],

@@ -138,6 +138,61 @@ def test_commit_is_unknown_without_git(monkeypatch, answer):
     assert results.provenance(torch.device("cpu"))["commit"] == "unknown"
 
 
+def git(folder, *arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(["git", "-C", folder, *who, *arguments], capture_output=True, check=True)
+    return done.stdout.decode().strip()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Somebody's repository with one commit, in a folder of which the package lies."""
+    package = tmp_path / "lib" / "site-packages" / "metautils"
+    package.mkdir(parents=True)
+    (package / "results.py").touch()
+    (tmp_path / "README").touch()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "README")
+    git(tmp_path, "commit", "-qm", "theirs")
+    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+    return tmp_path
+
+
+def test_commit_of_a_repository_that_does_not_hold_the_package_is_not_named(repository):
+    assert results.provenance(torch.device("cpu"))["commit"] == "unknown"
+
+
+def test_commit_of_the_packages_own_repository_is_named(repository):
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "ours")
+    commit = git(repository, "rev-parse", "--short", "HEAD")
+    assert results.provenance(torch.device("cpu"))["commit"] == commit
+    (repository / "lib" / "site-packages" / "metautils" / "results.py").write_bytes(b"\n")
+    assert results.provenance(torch.device("cpu"))["commit"] == f"{commit}-dirty"
+
+
+OLD = {"device": "old device", "threads": 1, "torch": "1", "commit": "old"}
+NEW = {"device": "new device", "threads": 2, "torch": "2", "commit": "new"}
+
+
+def test_a_training_keeps_what_it_was_made_by(tmp_path):
+    path = tmp_path / "record.json"
+    assert results.kept(path, NEW) == NEW
+    path.write_text(json.dumps(record(**OLD)), encoding="utf-8")  # as older versions wrote it
+    assert results.kept(path, NEW) == OLD
+    path.write_text(json.dumps(record(**NEW, trained_by=OLD)), encoding="utf-8")
+    assert results.kept(path, NEW) == OLD
+
+
+def test_page_tells_test_and_training_apart(elsewhere):
+    results.write(record(**NEW, trained_by=OLD), elsewhere / "again.json")
+    results.write(record(**OLD, trained_by=OLD), elsewhere / "same.json")
+    page = results.page()
+    assert "| old device, 1 threads; test: new device, 2 threads | 1; test: 2 |" in page
+    assert "| `old`; test: `new` |" in page
+    assert "| old device, 1 threads | 1 | `old` |" in page
+
+
 @pytest.mark.parametrize(
     ("row", "setting", "expected"),
     [

@@ -1,16 +1,26 @@
 """A method trained and tested by its name leaves a record; the same again gives the same."""
 
+import re
+import shutil
+
 import pytest
 import torch
-from helpers import again, blobs, own_method, read_json, small_glyphs, train
+from helpers import again, blobs, own_method, paint, read_json, small_glyphs, train
 
 from metautils import cli, data, methods, results
 from metautils.checkpoint import CHECKPOINT
+from metautils.data import folder
 from metautils.data.bank import split_classes
 from metautils.sampling import EpisodeSampler
 
 KNOWN = methods.known().items()
 pytestmark = pytest.mark.usefixtures("short_runs")
+
+
+def retested(run, how):
+    """The record of another test, the name of which tells its data in short."""
+    (path,) = run.glob(f"record-{how}.json")
+    return path
 
 
 def test_training_writes_a_whole_record(tmp_path, capsys):
@@ -66,7 +76,7 @@ def test_evaluate_scores_again(tmp_path, rotations, capsys):
     trained = read_json(tmp_path / "record.json")
     capsys.readouterr()
     assert cli.main(["evaluate", str(tmp_path), "--rotations", rotations, "--device", "cpu"]) == 0
-    second = read_json(tmp_path / f"record-glyphs-{rotations}.json")
+    second = read_json(retested(tmp_path, f"glyphs-*-{rotations}"))
     assert capsys.readouterr().out.startswith("trained\n  5-way 1-shot: ")
     assert {e["rotations"] for e in second["evaluations"] + second["baseline"]} == {rotations}
     same = set(second) - {"evaluations", "baseline"}
@@ -82,7 +92,7 @@ def test_evaluate_uses_the_trained_weights(tmp_path):
     train(tmp_path)
     command = ["evaluate", str(tmp_path), "--rotations", "classes", "--device", "cpu"]
     assert cli.main(command) == 0
-    path = tmp_path / "record-glyphs-classes.json"
+    path = retested(tmp_path, "glyphs-*-classes")
     first = read_json(path)["evaluations"]
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     state["best"] = {name: torch.zeros_like(x) for name, x in state["best"].items()}
@@ -110,7 +120,7 @@ def test_evaluate_on_another_set(tmp_path):
     train(tmp_path)
     command = ["evaluate", str(tmp_path), "--data", "digits", "--device", "cpu"]
     assert cli.main(command) == 0
-    record = read_json(tmp_path / "record-digits-none.json")
+    record = read_json(retested(tmp_path, "digits-*-none"))
     assert (record["data"], record["tested_on"]) == ("glyphs", "digits")
     rows = [(e["ways"], e["shots"], e["queries"]) for e in record["evaluations"]]
     assert rows == [(5, 1, 15), (5, 5, 15)]
@@ -144,10 +154,10 @@ def test_learner_that_adapts(tmp_path, method, capsys):
     assert state["best"]["net.head.weight"].shape == (3, 4)
 
     assert again(tmp_path, "--rotations", "episode") == 0
-    same = read_json(tmp_path / "record-glyphs-episode.json")
+    same = read_json(retested(tmp_path, "glyphs-*-episode"))
     assert same["evaluations"] == record["evaluations"]
     assert again(tmp_path, "--rotations", "episode", "--inductive") == 0
-    other = read_json(tmp_path / "record-glyphs-episode-inductive.json")
+    other = read_json(retested(tmp_path, "glyphs-*-episode-inductive"))
     assert [e["transductive"] for e in other["evaluations"]] == [False]
     assert other["baseline"] == record["baseline"]
     assert other["evaluations"][0]["ways"] == 3
@@ -189,9 +199,9 @@ def test_learner_that_compares_is_evaluated_again(tmp_path, method):
     train(tmp_path, "--shots", 2, method=method)
     record = read_json(tmp_path / "record.json")
     assert again(tmp_path, "--rotations", "classes") == 0
-    assert read_json(tmp_path / "record-glyphs-classes.json") == record
+    assert read_json(retested(tmp_path, "glyphs-*-classes")) == record
     assert again(tmp_path) == 0
-    rows = read_json(tmp_path / "record-glyphs-none.json")["evaluations"]
+    rows = read_json(retested(tmp_path, "glyphs-*-none"))["evaluations"]
     shots = [2] if method == "relation" else [1, 5]
     assert [(e["ways"], e["shots"]) for e in rows] == [(5, k) for k in shots]
 
@@ -239,9 +249,131 @@ def test_method_of_the_readers_own(tmp_path, monkeypatch):
     # Images are turned in each episode, so that the five test classes stay five.
     assert [(e["ways"], e["shots"]) for e in record["evaluations"]] == [(5, 1)]
     assert again("run", "--rotations", "episode") == 0
-    assert read_json(tmp_path / "run" / "record-glyphs-episode.json") == record
+    assert read_json(retested(tmp_path / "run", "glyphs-*-episode")) == record
     state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
     assert state["settings"]["learner"] == "Mine(distance=squared_euclidean)"
+
+
+# Where a number comes from
+
+
+def by(monkeypatch, commit):
+    """From now on everything is made by this commit on this device."""
+    told = {"device": f"device of {commit}", "threads": 3, "torch": "2.0", "commit": commit}
+    monkeypatch.setattr(results, "provenance", lambda device: told)
+    return told
+
+
+def made_by(record):
+    """By what the test was made, and the training."""
+    return {name: record[name] for name in results.MADE_BY}, record["trained_by"]
+
+
+def test_test_and_training_are_told_apart(tmp_path, monkeypatch):
+    old = by(monkeypatch, "old")
+    train(tmp_path)
+    assert made_by(read_json(tmp_path / "record.json")) == (old, old)
+    new = by(monkeypatch, "new")
+    again(tmp_path)
+    assert made_by(read_json(retested(tmp_path, "glyphs-*-none"))) == (new, old)
+    assert train(tmp_path) == 0  # finished before, and tested anew
+    assert made_by(read_json(tmp_path / "record.json")) == (new, old)
+
+
+def test_record_of_an_older_version_can_be_evaluated(tmp_path, monkeypatch):
+    old = by(monkeypatch, "old")
+    train(tmp_path)
+    path = tmp_path / "record.json"
+    record = read_json(path)
+    del record["trained_by"], record["digests"]
+    results.write(record, path)
+    new = by(monkeypatch, "new")
+    again(tmp_path)
+    assert made_by(read_json(retested(tmp_path, "glyphs-*-none"))) == (new, old)
+
+
+def photo_sets(folder, *seeds):
+    """Folders of one name but for its case, with other images in each, in three classes."""
+    for seed in seeds:
+        yield paint(
+            folder / str(seed) / ("photos: now." if seed % 2 else "Photos: now."), seed=seed
+        )
+
+
+def test_folders_of_one_name_have_records_of_their_own(tmp_path, monkeypatch):
+    """Under names that every system allows; the same test again replaces its own."""
+    monkeypatch.setattr(
+        data.folder, "load", lambda path, seed: split_classes(folder.bank(path, 16, 1), (0, 0, 3))
+    )
+    train(tmp_path / "run")
+    sets = list(photo_sets(tmp_path, 1, 2))
+    for path in [*sets, *sets]:
+        assert again(tmp_path / "run", "--data", path) == 0
+    found = sorted((tmp_path / "run").glob("record-*.json"))
+    assert len({path.name.lower() for path in found}) == len(found) == 2
+    assert all(re.fullmatch(r"record-[Pp]hotos__now\.-\w{8}-none\.json", p.name) for p in found)
+    records = list(map(read_json, found))
+    assert {r["tested_on"] for r in records} == set(map(str, sets))
+    assert len({r["digests"]["test"] for r in records}) == 2
+    assert len({r["digests"]["train"] for r in records}) == 1
+
+
+@pytest.mark.parametrize("more", [(), ("--split", "random")])
+def test_glyphs_are_tested_on_omniglot_with_or_without_a_split(tmp_path, monkeypatch, more):
+    train(tmp_path)
+    asked = []
+
+    def load(split, seed):
+        assert split in ("random", "background")
+        asked.append(split)
+        return small_glyphs(7)
+
+    monkeypatch.setattr(data.omniglot, "load", load)
+    assert again(tmp_path, "--data", "omniglot", *more) == 0
+    assert asked == ["random"]
+    record = read_json(retested(tmp_path, "omniglot-*-none"))
+    assert record["tested_on"] == "omniglot, random split"
+
+
+def test_finished_run_is_not_gone_on_with_on_other_images(tmp_path, capsys, many_classes):
+    """With pictures that changed their classes."""
+    photos = shutil.copytree(many_classes, tmp_path / "photos")
+    assert train(tmp_path / "run", "--data", photos) == 0
+    before = read_json(tmp_path / "run" / "record.json")
+    first, second = (photos / name / "0.png" for name in folder.load(photos).train.names[:2])
+    swapped = first.read_bytes(), second.read_bytes()
+    second.write_bytes(swapped[0])
+    first.write_bytes(swapped[1])
+    capsys.readouterr()
+    assert train(tmp_path / "run", "--data", photos) == 2
+    assert re.fullmatch(r"metautils: .*was made with bank=.*\n", capsys.readouterr().err)
+    assert read_json(tmp_path / "run" / "record.json") == before
+    assert again(tmp_path / "run") == 0  # the test's own images and classes are as they were
+
+
+def test_classes_of_the_training_are_not_tested_on(tmp_path, capsys, many_classes):
+    """As they might be where one more class has made the seed divide them otherwise."""
+    photos = shutil.copytree(many_classes, tmp_path / "photos")
+    assert train(tmp_path / "run", "--data", photos) == 0
+    shutil.copytree(many_classes / "class03", photos / "another")
+    capsys.readouterr()
+    assert again(tmp_path / "run") == 2
+    assert re.fullmatch(
+        r"metautils: .*photos has other classes than in training.*\n", capsys.readouterr().err
+    )
+    assert len(list((tmp_path / "run").glob("record*"))) == 1
+
+
+def test_changed_test_images_are_tested_anew(tmp_path, many_classes):
+    photos = shutil.copytree(many_classes, tmp_path / "photos")
+    train(tmp_path / "run", "--data", photos)
+    before = read_json(tmp_path / "run" / "record.json")
+    held_out = folder.load(photos).test.names
+    (photos / held_out[0] / "0.png").unlink()
+    assert train(tmp_path / "run", "--data", photos) == 0
+    after = read_json(tmp_path / "run" / "record.json")
+    assert after["digests"]["test"] != before["digests"]["test"]
+    assert after["digests"]["train"] == before["digests"]["train"]
 
 
 def test_preset_that_a_method_has_not(tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,8 +86,16 @@ def write_first_page(site: Path) -> None:
     (site / "index.html").write_text(html, encoding="utf-8")
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str]) -> int:
+    """Build into the folder that is named, or here, and say where."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a pipe on Windows may lack letters of a path
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print("The book is built:", build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT)))
+        print("The book is built:", build(Path(arguments[0]) if arguments else ROOT))
     except subprocess.CalledProcessError as error:
-        sys.exit(error.returncode)
+        return error.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -22,7 +22,7 @@ def list_learners(app: Sphinx, page: str, source: list[str]) -> None:
     """A section for each file of learners, titled by what its first line names."""
     if "@LEARNERS@" in source[0]:
         sections = [
-            SECTION.format(title=ast.get_docstring(ast.parse(path.read_text())).split(" (")[0],
+            SECTION.format(title=ast.get_docstring(ast.parse(path.read_bytes())).split(" (")[0],
                            name=path.stem)
             for path in sorted(LEARNERS.glob("[a-z]*.py"))
             if path.stem != "base"

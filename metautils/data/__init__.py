@@ -6,6 +6,7 @@ from pathlib import Path
 
 from metautils.data import cifar_fs, digits, folder, glyphs, omniglot
 from metautils.data.bank import Parts
+from metautils.errors import BadArgument
 
 NAMES = ("glyphs", "omniglot", "digits", "cifar_fs")
 
@@ -33,4 +34,4 @@ def load(name: str, seed: int = 0, split: str = "random") -> Parts:
         return cifar_fs.load()
     if Path(name).is_dir():
         return folder.load(name, seed=seed)
-    raise ValueError(f"{name!r} is neither a folder nor one of {', '.join(NAMES)}.")
+    raise BadArgument(f"{name!r} is neither a folder nor one of {', '.join(NAMES)}.")

@@ -34,7 +34,9 @@ def images(
     """
     archive, folder = source / f"{part}.zip", source / part
     if folder.is_dir():
-        for path in sorted(folder.rglob(f"*{ending}")):
+        # By name as in the archive, on every system: Windows sorts paths as if in lower case.
+        paths = sorted(folder.rglob(f"*{ending}"), key=lambda path: path.as_posix())
+        for path in paths:
             name = f"{part}/{path.parent.relative_to(folder).as_posix()}"
             yield name, _read(path, str(path), mode, data)
     elif archive.is_file():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -163,21 +165,22 @@ def cached(name: str, make: Callable[[], ClassBank], version: str = "") -> Class
     One of another version, or a damaged one, is made again. Where nothing can be written, a warning
     says so.
     """
-    path = cache_folder() / f"{name}.pt"
-    if path.exists():
-        try:
-            saved = load_safely(path)
-            if saved["version"] != version:
-                raise DataError(f"{path} is of another version.")
-            counts, names = saved["counts"], tuple(saved["names"])
-            return ClassBank(saved["images"], counts, names, saved["attributes"])
-        except (DataError, KeyError, TypeError, ValueError):
-            pass  # written anew below
+    with suppress(DataError):  # made anew below
+        return _kept(cache_folder() / f"{name}.pt", version)
     bank = make()
     try:
-        save_atomically(vars(bank) | {"names": list(bank.names), "version": version}, path)
+        saved = vars(bank) | {"names": list(bank.names), "version": version}
+        save_atomically(saved, cache_folder() / f"{name}.pt")
     except DataError as error:
         warnings.warn(
             f"The data are there, but will be made again next time: {error}", stacklevel=2
         )
     return bank
+
+
+def _kept(path: Path, version: str) -> ClassBank:
+    saved = load_safely(path)
+    fields = {"images", "counts", "names", "attributes", "version"}
+    if not isinstance(saved, dict) or saved.keys() != fields or saved.pop("version") != version:
+        raise DataError(f"{path} is of another version.")
+    return ClassBank(**saved | {"names": tuple(saved["names"])})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metautils.data.bank import ClassBank, Parts, split_classes
 from metautils.data.images import SUFFIXES, read_image, visible
-from metautils.files import DataError
+from metautils.files import DataError, listed
 
 
 def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
@@ -35,12 +35,12 @@ def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path} is no folder: name one that holds a subfolder for each class.")
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and visible(p.name))
+    folders = [p for p in listed(path) if p.is_dir() and visible(p.name)]
     if not folders:
         raise DataError(f"{path} has no subfolder: put the images of each class into one.")
     classes = []
     for folder in folders:
-        files = sorted(p for p in folder.iterdir() if _is_image(p))
+        files = [p for p in listed(folder) if _is_image(p)]
         if not files:
             raise DataError(f"{folder} holds no image: add some or remove the folder.")
         # (n_k, channels, size, size)

@@ -31,9 +31,11 @@ def read_image(file: str | Path | Image.Image) -> Image.Image:
     """
     try:
         with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as opened:
-            image = ImageOps.exif_transpose(_eight_bits(opened))
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} is no readable image: mend or remove it ({error}).") from error
+    image = _eight_bits(upright)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -42,7 +44,6 @@ def read_image(file: str | Path | Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey scaled to 8 bits; Pillow's own conversion cuts everything above 255 off."""
-    image.load()
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image, dtype=np.float64)

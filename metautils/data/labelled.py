@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from metautils.data.images import read_rgb, visible
-from metautils.files import DataError
+from metautils.files import DataError, listed
 
 PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 SHARE = 0.2  # of a class, for validation and for test each
@@ -55,6 +55,8 @@ class Images(ImageFolder):
 
         super().__init__(str(root), loader=read_rgb, is_valid_file=shown, allow_empty=True)
         self.contents: dict[str, str] = {}
+        # torchvision orders subfolders by their path, whose separator is another on Windows.
+        self.samples.sort(key=lambda sample: (sample[1], *_place(sample[0])))
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Names of the subfolders, sorted, and their labels."""
@@ -62,8 +64,7 @@ class Images(ImageFolder):
             raise DataError(
                 f"{directory} is no folder: name one that holds a subfolder for each class."
             )
-        folders = (p for p in Path(directory).iterdir() if p.is_dir() and visible(p.name))
-        names = sorted(p.name for p in folders)
+        names = [p.name for p in listed(Path(directory)) if p.is_dir() and visible(p.name)]
         if len(names) < 2:
             raise DataError(
                 f"{directory} has {len(names)} subfolder(s): a classifier needs two or more, one "
@@ -138,14 +139,20 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
 
 def _parts(path: Path) -> dict[str, Path]:
     """The folders of a split that was made already; none where the subfolders are classes."""
-    there = {p.name.lower(): p for p in path.iterdir() if p.is_dir()} if path.is_dir() else {}
-    found = {part: there[name] for part, names in PARTS.items() for name in names if name in there}
-    if "train" in found and "test" not in found:
+    there = [p for p in listed(path) if p.is_dir()] if path.is_dir() else []
+    found = {part: [p for p in there if p.name.lower() in names] for part, names in PARTS.items()}
+    if not found["train"]:
+        return {}
+    for part, folders in found.items():
+        if len(folders) > 1:
+            first, second, *_ = (p.name for p in folders)
+            raise DataError(f"{path} has {first}/ and {second}/, both for {part}: make them one.")
+    if not found["test"]:
         raise DataError(
-            f"{path} has {found['train'].name}/ and no test/: add images to test on, or put the "
+            f"{path} has {found['train'][0].name}/ and no test/: add images to test on, or put the "
             "classes directly into the folder to have them split."
         )
-    return found if "train" in found else {}
+    return {part: folders[0] for part, folders in found.items() if folders}
 
 
 def _check_classes(sets: dict[str, Images]) -> None:
@@ -162,6 +169,11 @@ def _check_classes(sets: dict[str, Images]) -> None:
         if empty:
             folder = Path(each.root) / each.classes[min(empty)]
             raise DataError(f"{folder} holds no file: add images of this class or remove it.")
+
+
+def _place(file: str) -> tuple[str, str]:
+    """A file's folder and name, to sort by."""
+    return Path(file).parent.as_posix(), Path(file).name
 
 
 def _read_all(files: Sequence[str], progress: bool) -> tuple[dict[str, str], tuple[str, ...]]:

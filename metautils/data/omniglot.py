@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from metautils.data.archive import images
 from metautils.data.bank import ClassBank, Parts, cached, split_classes
+from metautils.errors import BadArgument
 from metautils.files import DataError, cache_folder, data_folder
 
 DRAWINGS = {"images_background": 964 * 20, "images_evaluation": 659 * 20}
@@ -33,7 +34,7 @@ def load(split: str = "random", seed: int = 0) -> Parts:
         DataError: if the images cannot be found or downloaded, or are damaged.
     """
     if split not in ("random", "background"):
-        raise ValueError(f"split is {split!r}; it must be 'random' or 'background'.")
+        raise BadArgument(f"split is {split!r}; it must be 'random' or 'background'.")
     bank = everything()
     if split == "random":
         return split_classes(bank, RANDOM_SPLIT, seed)

@@ -12,6 +12,7 @@ from torch.func import functional_call, stack_module_state
 
 from metautils.adapt import Adapted, Named, Optimizer, inner_steps
 from metautils.episode import Episode
+from metautils.errors import Diverged
 from metautils.learners.base import Learner, task_loss
 from metautils.precision import all_digits
 
@@ -244,7 +245,7 @@ def coordinates(tensors: Named, k: int | None = None) -> Tensor:
     row = torch.cat([x.flatten() for x in tensors.values()])
     if k is not None and not bool(row.detach().isfinite().all()):
         names = ", ".join(n for n, x in tensors.items() if not bool(x.detach().isfinite().all()))
-        raise FloatingPointError(
+        raise Diverged(
             f"The inner gradient of {names} is not finite at inner step {k + 1} of the unroll: "
             "the steps before it were too large. Make fewer of them, clip the gradient "
             "(clip=...), or look for bad values in the inputs."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metautils.adapt import Adapted, Named
+from metautils.errors import Diverged
 from metautils.learners.base import Method, Preset, Problem
 from metautils.learners.learned_optimizer import (
     LSTMCell,
@@ -57,7 +58,7 @@ class MetaLSTMCell(nn.Module):
         """Inner step number `k`, counted from 0: new parameters and state."""
         g, c = coordinates({name: gradients[name] for name in phi}, k), coordinates(phi)
         if not bool(loss.detach().isfinite()):
-            raise FloatingPointError(
+            raise Diverged(
                 f"The inner loss is not finite at inner step {k + 1}: look for bad values in the "
                 "inputs or targets, or make fewer or smaller steps."
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metautils.errors import BadArgument
 from metautils.learners.base import Learner, Method, Preset, Problem, task_loss
 from metautils.learners.protonet import class_sums
 from metautils.nets import Conv4
@@ -36,7 +37,7 @@ class RelationModule(nn.Module):
     def __init__(self, channels: int = 64, size: int = 7, hidden: int = 8) -> None:
         super().__init__()
         if size < 4:
-            raise ValueError(f"Maps of {size}x{size} cannot be halved twice: they must be 4x4.")
+            raise BadArgument(f"Maps of {size}x{size} cannot be halved twice: they must be 4x4.")
         self.shape = (channels, size, size)
         self.first = nn.Conv2d(2 * channels, channels, 3, padding=1)
         self.rest = nn.Sequential(
