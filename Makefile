@@ -38,6 +38,9 @@ lint: $(READY)  ## check the style of the code
 records: $(READY)  ## list the records to make anew; MINUTES=90 makes those that fit
 	@$(BIN)/python experiments/records.py $(if $(MINUTES),--minutes $(MINUTES))
 
+gpu: $(READY)  ## what wants a GPU, in 8 minutes without a network; DEVICE=pretend tries it without
+	@$(BIN)/python tools/gpu.py --device $(or $(DEVICE),cuda)
+
 bench: $(READY)  ## measure speed, beside peers
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit 1; done
 

@@ -21,17 +21,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")]
+from unittest import mock
 
 import torch
 
 import ondevice
 from metautils import results, runs
 from metautils.files import write_json
+from ondevice import ROOT
 
 LIMIT = 480  # seconds for all
+CORES = os.cpu_count() or 1
+WORKERS = min(4, CORES)  # parts at a time
 TOGETHER = ["tests", *ondevice.CHAPTERS]  # of these no speed is measured
 ALONE = ["record", *ondevice.BENCHMARKS]
 
@@ -39,24 +40,21 @@ ALONE = ["record", *ondevice.BENCHMARKS]
 @contextlib.contextmanager
 def placed(device: str, out: Path) -> Iterator[None]:
     """The pretend device where it is asked for, and a folder for what is written."""
-    results.folder, home = lambda: out, results.folder
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(results, "folder", lambda: out))
         if device == "pretend":
-            import pretend
+            import pretend  # of the tests; it asks for a recent torch
 
             stack.enter_context(pretend.device())
         yield
-    results.folder = home
 
 
 def tests(device: str) -> int:
     """The tests that take a device; the chapters in them are parts of their own here."""
     import pytest
 
-    asked = f"{device} and not chapter"
-    return pytest.main(
-        ["-q", "-p", "no:cacheprovider", "-k", asked, str(ROOT / "tests/test_device.py")]
-    )
+    file = str(ROOT / "tests" / "test_device.py")
+    return pytest.main(["-q", "-p", "no:cacheprovider", "-k", f"{device} and not chapter", file])
 
 
 def record(device: str, out: Path) -> None:
@@ -65,9 +63,14 @@ def record(device: str, out: Path) -> None:
     sizes = {"steps": 2, "ways": 5, "episodes": 2} if small else {}
     with tempfile.TemporaryDirectory() as run:
         made = runs.train(
-            "protonet", "glyphs", Path(run), preset="full", device=device, **sizes,
+            "protonet",
+            "glyphs",
+            Path(run),
+            preset="full",
+            device=device,
             validation_episodes=2 if small else 100,
-        )  # fmt: skip
+            **sizes,
+        )
     write_json(made, out / "protonet_glyphs_gpu.json")
 
 
@@ -87,14 +90,16 @@ def one(part: str, device: str, out: Path) -> int:
 
 def apart(part: str, device: str, out: Path, until: float) -> list[str]:
     """One part in a process of its own; its name, what became of it, and its seconds."""
+    threads = {"OMP_NUM_THREADS": str(max(1, CORES // WORKERS))}
     began = time.monotonic()
     if began >= until:
         return [part, "no time left", "0"]
-    command = [sys.executable, "-W", "ignore", __file__, "--only", part]
-    command += ["--device", device, "--out", str(out)]
-    with open(out / f"{Path(part).stem}.log", "w", encoding="utf-8") as log:
+    command = [sys.executable, __file__, "--only", part, "--device", device, "--out", str(out)]
+    with (out / f"{Path(part).stem}.log").open("w", encoding="utf-8") as log:
         try:
-            done = subprocess.run(command, stdout=log, stderr=log, timeout=until - began)
+            done = subprocess.run(
+                command, stdout=log, stderr=log, timeout=until - began, env=os.environ | threads
+            )
             became = "passed" if done.returncode == 0 else f"failed, see {log.name}"
         except subprocess.TimeoutExpired:
             became = "no time left"
@@ -106,16 +111,13 @@ def apart(part: str, device: str, out: Path, until: float) -> list[str]:
 def everything(device: str, out: Path) -> int:
     """All parts; the table of what became of them goes to gpu.json. Exit status 1 if one failed."""
     until = time.monotonic() + LIMIT
-    cores = min(4, (os.cpu_count() or 2) // 2)
-    with ThreadPoolExecutor(cores) as pool:
+    made_by = results.provenance(torch.device("cpu" if device == "pretend" else device))
+    with ThreadPoolExecutor(WORKERS) as pool:
         rows = list(pool.map(lambda part: apart(part, device, out, until), TOGETHER))
     rows += [apart(part, device, out, until) for part in ALONE]
     table = {"title": "Parts", "heads": ["Part", "Outcome", "Seconds"], "rows": rows}
     what = "the tests of devices, every chapter at its quick size, a training, the benchmarks"
-    write_json(
-        {"what": what, "tables": [table], **results.provenance(torch.device(device))},
-        out / "gpu.json",
-    )
+    write_json({"what": what, "tables": [table], **made_by}, out / "gpu.json")
     return int(any(row[1] != "passed" for row in rows))
 
 
