@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -86,12 +85,11 @@ def run(trial: Trial, python: Path, all_chapters: bool) -> None:
     suite = ElementTree.parse(report).getroot()[0] if report.exists() else {}
     count = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
     failed, skipped = count["failures"] + count["errors"], count["skipped"]
-    passed = count["tests"] - failed - skipped
-    trial.counts = passed, failed or int(stopped != 0), skipped
+    trial.counts = count["tests"] - failed - skipped, failed or int(stopped != 0), skipped
     trial.seconds = time.monotonic() - began
 
 
-def table(trials: Sequence[Trial]) -> str:
+def table(trials: list[Trial]) -> str:
     """What came of each, in a line."""
     line = "{:13}{:9}{:9}{:>7}{:>8}{:>9}{:>9}"
     lines = [line.format("", "Python", "torch", "passed", "failed", "skipped", "seconds")]
@@ -102,7 +100,7 @@ def table(trials: Sequence[Trial]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Try what was asked for and tell what came of it; 1 if anything failed, or all is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="newest, oldest, newest-3.12, ...")
