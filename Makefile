@@ -5,7 +5,7 @@ READY := .venv/.ready
 PINS := requirements.txt constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check seeds notebooks sync lint records bench pins clean
+.PHONY: help book test check seeds versions notebooks sync lint records bench pins clean
 
 # Tests run side by side, each process with one thread, so that they do not wait for one another.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
@@ -25,6 +25,9 @@ check: $(READY)  ## the quick part: style, unit tests, pairing; no notebook is r
 
 seeds: $(READY)  ## run every chapter at other seeds: SEEDS="1 2 3"
 	SEEDS="$(or $(SEEDS),1)" $(PYTEST) --dist load -k another_seed tests/test_notebooks.py
+
+versions: $(READY)  ## try other Pythons, with the newest and the oldest dependencies
+	@$(BIN)/python tools/versions.py
 
 notebooks: $(READY)  ## execute every chapter: book/NN_*.md -> notebooks/NN_*.ipynb
 	@$(BIN)/python tools/notebooks.py run
@@ -51,7 +54,7 @@ pins: $(READY)  ## resolve constraints.txt anew from requirements.txt
 	@mv .pins constraints.txt
 
 clean:  ## remove what was built (the environment too)
-	rm -rf .venv _build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .versions _build dist .pytest_cache .ruff_cache .hypothesis
 
 # uv installs the same wheels several times faster; where it cannot (it does not read pip's
 # settings for mirrors and certificates), pip does.

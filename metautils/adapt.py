@@ -250,7 +250,14 @@ def over_tasks(
         return torch.stack([task(*row) for row in rows])  # (tasks, ...)
     for name, layer in module.named_modules():
         _check_vmap(name, layer)
-    return torch.vmap(task)(*batches)
+    # In torch 2.9 and older, vmap knows no group norm of images in channels-last layout.
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda _, x: (x[0].contiguous(),)) for norm in norms]
+    try:
+        return torch.vmap(task)(*batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from metautils.data.labelled import Split
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -50,6 +51,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A browser of this machine, without a window."""
+    from playwright.sync_api import sync_playwright  # only the book's tests have it
+
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         pytest.skip(f"there is no browser: none of {', '.join(BROWSERS)} is installed")

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from markdown_it import MarkdownIt
 from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -61,6 +60,8 @@ def real_data() -> Path:
 
 def as_html(text: str) -> str:
     """Markdown as HTML, by the common rules alone."""
+    from markdown_it import MarkdownIt  # only the book's tests have it
+
     return MarkdownIt("commonmark").enable("table").render(text)
 
 

@@ -24,7 +24,10 @@ pytestmark = [
         reason="the first cell needs git, as on Colab",
     ),
 ]
-IGNORED = (".git", ".venv", "_build", "__pycache__", "runs", "dist", "node_modules", ".*_cache")
+IGNORED = (
+    *(".git", ".venv", ".versions", "_build", "__pycache__"),
+    *("runs", "dist", "node_modules", ".*_cache"),
+)
 FILES = ("metautils", "records", "numpy", "torch")
 RUN_CELL = """
 import json, pathlib, sys

@@ -158,25 +158,27 @@ def palette():
 
 
 @pytest.mark.parametrize(
-    ("image", "name", "colour", "mode"),
+    ("image", "name", "colour", "told"),
     [
-        pytest.param(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "x.tif", RED, "CMYK", id="CMYK"),
-        pytest.param(palette(), "x.png", RED, "P", id="palette"),
+        pytest.param(Image.new("CMYK", (9, 9), (0, 255, 255, 0)), "x.tif", RED, True, id="CMYK"),
+        pytest.param(palette(), "x.png", RED, True, id="palette"),
         pytest.param(
-            Image.fromarray(np.full((9, 9), 25700, np.uint16)), "x.png", (100,) * 3, "I;16", id="16"
+            Image.fromarray(np.full((9, 9), 25700, np.uint16)), "x.png", (100,) * 3, True, id="16"
         ),
-        pytest.param(Image.new("1", (9, 9), 1), "x.png", WHITE, "1", id="1 bit"),
-        pytest.param(Image.new("RGBA", (9, 9), (*RED, 0)), "x.png", WHITE, "RGBA", id="RGBA"),
-        pytest.param(Image.new("L", (9, 9), 90), "x.png", (90,) * 3, None, id="L"),
-        pytest.param(Image.new("RGB", (9, 9), RED), "x.bmp", RED, None, id="RGB"),
+        pytest.param(Image.new("1", (9, 9), 1), "x.png", WHITE, True, id="1 bit"),
+        pytest.param(Image.new("RGBA", (9, 9), (*RED, 0)), "x.png", WHITE, True, id="RGBA"),
+        pytest.param(Image.new("L", (9, 9), 90), "x.png", (90,) * 3, False, id="L"),
+        pytest.param(Image.new("RGB", (9, 9), RED), "x.bmp", RED, False, id="RGB"),
     ],
 )
-def test_any_mode_is_read_as_rgb_with_a_note(tmp_path, image, name, colour, mode):
+def test_any_mode_is_read_as_rgb_with_a_note(tmp_path, image, name, colour, told):
     fill(tmp_path, a=3, b=3)
     path = tmp_path / "b" / name
     image.save(path)
     split = labelled.load(tmp_path)
-    assert split.notes == ((f"{path} is of mode {mode} and is read as RGB.",) if mode else ())
+    with Image.open(path) as opened:
+        note = f"{path} is of mode {opened.mode} and is read as RGB."
+    assert split.notes == ((note,) if told else ())
     (found,) = [
         part[k][0] for part in split[:3] for k, (f, _) in enumerate(part.samples) if f == str(path)
     ]

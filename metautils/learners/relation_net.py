@@ -68,7 +68,7 @@ class RelationModule(nn.Module):
 
 def squared_error(scores: Tensor, labels: Tensor) -> Tensor:
     """Mean of `(sigmoid(score) - 1 if it is the class, else 0)^2`: equation 2 of the paper."""
-    return F.mse_loss(scores.sigmoid(), F.one_hot(labels, scores.shape[-1]).float())
+    return F.mse_loss(scores.sigmoid(), F.one_hot(labels, scores.shape[-1]).to(scores.dtype))
 
 
 class RelationNet(Learner):
