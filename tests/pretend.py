@@ -17,7 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+try:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as setup
+except ImportError:  # torch before 2.10 or so
+    setup = None
 
 NAME = "pretend"
 # These take a CPU's tensor too, as an index or to copy from, as on a GPU.
@@ -184,9 +188,15 @@ def _lstm_cell(
 
 @contextmanager
 def device(float64: bool = True) -> Iterator[str]:
-    """Give torch the device for a while; yields its name."""
+    """Give torch the device for a while; yields its name.
+
+    Raises:
+        NotImplementedError: if this torch is too old to have a device written in Python.
+    """
+    if setup is None:
+        raise NotImplementedError(f"torch {torch.__version__} has no devices written in Python.")
     if not hasattr(torch, NAME):
-        _setup_privateuseone_for_python_backend(NAME, backend_module=Accelerator)
+        setup(NAME, backend_module=Accelerator)
         # A list as an index becomes a tensor of the device beneath all that is seen above.
         for name, kernel in {"empty_strided": _empty_strided, "_copy_from": _copy_from}.items():
             _LIBRARY.impl(name, kernel, "PrivateUse1")
