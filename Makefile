@@ -5,7 +5,7 @@ READY := .venv/.ready
 PINS := requirements.txt constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help book test check seeds versions notebooks sync lint records bench pins clean
+.PHONY: help book test check seeds versions notebooks sync lint records gpu bench pins clean
 
 # Tests run side by side, each process with one thread, so that they do not wait for one another.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
@@ -41,7 +41,7 @@ lint: $(READY)  ## check the style of the code
 records: $(READY)  ## list the records to make anew; MINUTES=90 makes those that fit
 	@$(BIN)/python experiments/records.py $(if $(MINUTES),--minutes $(MINUTES))
 
-gpu: $(READY)  ## what wants a GPU, in 8 minutes without a network; DEVICE=pretend tries it without
+gpu: $(READY)  ## try everything on a GPU, in 8 minutes; DEVICE=pretend tries it without one
 	@$(BIN)/python tools/gpu.py --device $(or $(DEVICE),cuda)
 
 bench: $(READY)  ## measure speed, beside peers

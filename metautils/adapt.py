@@ -252,7 +252,10 @@ def over_tasks(
         _check_vmap(name, layer)
     # In torch 2.9 and older, vmap knows no group norm of images in channels-last layout.
     norms = [layer for layer in module.modules() if isinstance(layer, nn.GroupNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda _, x: (x[0].contiguous(),)) for norm in norms]
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, x: tuple(y.contiguous() for y in x))
+        for norm in norms
+    ]
     try:
         return torch.vmap(task)(*batches)
     finally:

@@ -178,14 +178,20 @@ def _read(path: Path) -> dict[str, Any]:
 def _random_states(device: torch.device) -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
+        states[device.type] = torch.get_device_module(device).get_rng_state(*_which(device))
     return states
 
 
 def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
-        torch.get_device_module(device).set_rng_state(states[device.type])
+        module = torch.get_device_module(device)
+        module.set_rng_state(states[device.type], *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """The device, where there may be several of its kind."""
+    return () if device.type == "mps" else (device,)
 
 
 def digest(told: str, *tensors: Tensor) -> str:

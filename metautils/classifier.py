@@ -21,6 +21,7 @@ from metautils.files import DataError, load_safely, save_atomically
 from metautils.fit import predict
 
 MODEL = "model.pt"
+LONGEST = 8  # times its short side: what lies beyond in a strip is cut off before it is enlarged
 ENLARGED = 232 / 224  # images are made so much larger than their crop, as for the ImageNet weights
 
 
@@ -102,7 +103,16 @@ def to_train(size: int, mirror: bool) -> v2.Compose:
 def to_test(size: int) -> v2.Compose:
     """The middle of an image, as a normalised float tensor `(3, size, size)`."""
     resize = v2.Resize(round(size * ENLARGED), antialias=True)
-    return v2.Compose([v2.ToImage(), resize, v2.CenterCrop(size), *_normalised()])
+    return v2.Compose([v2.ToImage(), _without_ends, resize, v2.CenterCrop(size), *_normalised()])
+
+
+def _without_ends(image: Tensor) -> Tensor:
+    """The middle of a strip: enlarged until its short side fits, it would take gigabytes."""
+    height, width = image.shape[-2:]
+    most = LONGEST * min(height, width)
+    if max(height, width) <= most:
+        return image
+    return v2.functional.center_crop(image, [min(height, most), min(width, most)])
 
 
 def _normalised() -> list[v2.Transform]:
@@ -192,6 +202,48 @@ class Tested:
         classes = len(self.classes)
         pairs = classes * self.labels + self.chances.argmax(1)  # (n,), a number for each pair
         return pairs.bincount(minlength=classes**2).view(classes, classes)
+
+    @property
+    def recalls(self) -> Tensor:
+        """Percent of each class's images that were found, `(classes,)`; NaN for one without any."""
+        counts = self.confusion
+        return 100 * counts.diag() / counts.sum(1)
+
+    @property
+    def balanced(self) -> float:
+        """The mean of `recalls` over the classes that have images, percent.
+
+        Unlike the accuracy it falls when a rare class is never found.
+        """
+        return float(self.recalls.nanmean())
+
+    @property
+    def majority(self) -> float:
+        """Percent that would be right if every answer were the most frequent class."""
+        return 100 * int(self.confusion.sum(1).max()) / len(self.labels)
+
+    def report(self, most: int = 20) -> str:
+        """The accuracy, what it may hide, and how many of each class were found.
+
+        Of more than `most` classes only those that were found least.
+        """
+        common = self.classes[int(self.confusion.sum(1).argmax())]
+        lines = [
+            str(self),
+            f"{self.balanced:.1f} % as a mean over classes; {self.majority:.1f} % would be right "
+            f"if every answer were {common}",
+        ]
+        # Those without an image come last, as NaN does.
+        order = self.recalls.argsort(stable=True)[:most].tolist()
+        wide = max(len(self.classes[k]) for k in order)
+        for k in order:
+            found, total = int(self.confusion[k, k]), int(self.confusion[k].sum())
+            lines.append(f"  {self.classes[k]:{wide}}  {found} of {total} found")
+        if len(self.classes) > most:
+            lines.append(
+                f"  and {len(self.classes) - most} more classes, found as often or oftener"
+            )
+        return "\n".join(lines)
 
     def worst(self, count: int = 8) -> list[int]:
         """Wrong answers, by row, those first that gave the true class the least probability."""

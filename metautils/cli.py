@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,8 @@ def train(args: argparse.Namespace) -> None:
         device=args.device,
         ways=args.ways,
         shots=args.shots,
+        queries=args.queries,
+        lr=args.lr,
     )
     print(f"{record['minutes']} minutes of training; record in {args.out / runs.RECORD}")
 
@@ -49,7 +52,8 @@ def evaluate_again(args: argparse.Namespace) -> None:
 
 def finetune_folder(args: argparse.Namespace) -> None:
     """Fine-tune a ResNet-50 on a folder of images; the same command goes on if interrupted."""
-    asked = {name: getattr(args, name) for name in ("size", "epochs", "batch", "pull", "seed")}
+    names = ("size", "epochs", "batch", "lr", "pull", "seed")
+    asked = {name: getattr(args, name) for name in names}
     recipe = Recipe(**{k: v for k, v in asked.items() if v is not None}, mirror=args.mirror)
     weights = None if args.weights == "none" else args.weights
     if weights is None and args.pull is not None:
@@ -57,16 +61,21 @@ def finetune_folder(args: argparse.Namespace) -> None:
     if args.pull is not None and args.pull < 0:
         raise BadArgument(f"--l2-sp is {args.pull}: a strength is 0 or more.")
     tested = finetune.run(args.data, args.out, recipe, weights, args.device, args.workers)
-    print(tested)
+    print(tested.report())
     print(f"Classifier in {args.out / classifier.MODEL}, record in {args.out / finetune.RECORD}")
 
 
-def classify(args: argparse.Namespace) -> None:
-    """Say what is on images, with the classifier of a fine-tuning."""
-    net = classifier.load(args.run / classifier.MODEL)
+def classify(args: argparse.Namespace) -> int:
+    """Say what is on images, with the classifier of a fine-tuning; of a bad one, why not."""
+    net, status = classifier.load(args.run / classifier.MODEL), 0
     for image in args.images:
-        ranked = list(net.classify(image).items())[:3]
+        try:
+            ranked = list(net.classify(image).items())[:3]
+        except ReaderError as error:
+            status = _told(error)
+            continue
         print(f"{image}:", ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in ranked))
+    return status
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -98,14 +107,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
     try:
-        args.run_command(args)
+        return args.run_command(args) or 0
     except ReaderError as error:
-        print(f"metautils: {error}", file=sys.stderr)
-        return 2
+        return _told(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        return _told(f"There is not enough memory: {args.less_memory}.")
     except KeyboardInterrupt:
         print("\nStopped. Give the same command again to go on.", file=sys.stderr)
         return 130
-    return 0
+
+
+def _told(error: ReaderError | str) -> int:
+    """Print a sentence; the exit status of bad input."""
+    print(f"metautils: {error}", file=sys.stderr)
+    return 2
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether torch, Python or Pillow could not have the memory they wanted."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    # On a CPU torch has no type of its own for it.
+    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=_seed, default=0)
     one.add_argument("--ways", type=_positive, help="of the training episodes")
     one.add_argument("--shots", type=_positive, help="of the training episodes")
-    one.set_defaults(run_command=train)
+    one.add_argument("--queries", type=_positive, help="a class, of the training episodes")
+    one.add_argument("--lr", type=_rate, help="of Adam at the start")
+    one.set_defaults(run_command=train, less_memory="give fewer --ways or --queries")
 
     two = commands.add_parser(
         "evaluate", help=evaluate_again.__doc__, description=evaluate_again.__doc__
@@ -132,12 +159,12 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--data", help="another set to test on")
     two.add_argument("--split", choices=["random", "background"])
     two.add_argument("--rotations", default="none", choices=["none", "classes", "episode"])
-    two.set_defaults(run_command=evaluate_again)
+    two.set_defaults(run_command=evaluate_again, less_memory="try --device cpu")
 
     three = commands.add_parser("data", help=describe.__doc__, description=describe.__doc__)
     three.add_argument("name", help="glyphs, omniglot, digits, cifar_fs or a folder")
     three.add_argument("--split", default="random", choices=["random", "background"])
-    three.set_defaults(run_command=describe)
+    three.set_defaults(run_command=describe, less_memory="name a smaller set")
 
     tune = commands.add_parser(
         "finetune", help=finetune_folder.__doc__, description=finetune_folder.__doc__
@@ -150,21 +177,22 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--size", type=_positive, help="of the images in pixels, 224 by default")
     tune.add_argument("--batch", type=_positive, help="images in a step")
     tune.add_argument("--epochs", type=_positive, help="of all layers, at most")
+    tune.add_argument("--lr", type=_rate, help="of the body; the head's is ten times as high")
     tune.add_argument("--l2-sp", dest="pull", type=float, help="strength of a pull to the start")
     tune.add_argument(
         "--no-mirror", dest="mirror", action="store_false", help="for letters, digits, signs"
     )
     tune.add_argument("--workers", type=_natural, default=0, help="processes that read images")
     tune.add_argument("--seed", type=_seed, default=0)
-    tune.set_defaults(run_command=finetune_folder)
+    tune.set_defaults(run_command=finetune_folder, less_memory="give a smaller --batch or --size")
 
     tell = commands.add_parser("classify", help=classify.__doc__, description=classify.__doc__)
     tell.add_argument("run", type=Path, help="the --out folder of a fine-tuning")
     tell.add_argument("images", type=Path, nargs="+")
-    tell.set_defaults(run_command=classify)
+    tell.set_defaults(run_command=classify, less_memory="give smaller images")
 
     four = commands.add_parser("results", help=page.__doc__, description=page.__doc__)
-    four.set_defaults(run_command=page)
+    four.set_defaults(run_command=page, less_memory="close other programs")
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     for command in (one, two, tune):
@@ -197,6 +225,12 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 _natural, _positive = _at_least(0), _at_least(1)
+
+
+def _rate(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return float(text)
 
 
 def _seed(text: str) -> int:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.data.regression import RegressionSampler
 from metautils.errors import BadArgument
 from metautils.learners.base import Learner
 from metautils.precision import fast_autocast
+from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
 
 IMAGES_AT_ONCE = 1000  # tasks are tested in batches of about so many, to keep processors busy
@@ -162,7 +162,7 @@ def evaluate(
         ValueError: if the bank is too small for a setting.
     """
     results = []
-    for ways, shots in tqdm(settings, desc="evaluate", disable=not progress, leave=False):
+    for ways, shots in progress_bar(settings, show=progress, desc="evaluate"):
         tasks = min(episodes, max(1, IMAGES_AT_ONCE // (ways * (shots + queries))))
         sampler = EpisodeSampler(bank, ways, shots, queries, tasks, rotate, seed)
         accuracy = episode_accuracy(learner, sampler, episodes)

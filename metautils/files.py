@@ -145,6 +145,12 @@ def written_at(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+# What torch raises for a damaged file.
+DAMAGE = (
+    RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError, IndexError,
+)  # fmt: skip
+
+
 def load_safely(path: Path) -> Any:
     """`torch.load` of tensors and plain values only.
 
@@ -155,7 +161,7 @@ def load_safely(path: Path) -> Any:
         path.open("rb").close()
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, OSError, KeyError, ValueError) as error:
+    except DAMAGE as error:
         raise DataError(f"{path} is damaged, or not written here: delete it, run again.") from error
 
 

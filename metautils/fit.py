@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from metautils.checkpoint import Training, device_of
 from metautils.precision import fast_autocast, grad_scaler, on_cpu
+from metautils.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def fit(
     while len(rows) < epochs and (patience is None or len(rows) - training.best_at < patience):
         began = time.perf_counter()
         label = f"epoch {len(rows) + 1}"
-        bar = tqdm(train, desc=label, disable=not progress, leave=False)
+        bar = progress_bar(train, show=progress, desc=label)
         learnt = _epoch(net, bar, optimizer, scaler, penalty)
         schedule.step()
         held_out = measure(net, validation)
@@ -161,7 +162,7 @@ def predict(net: nn.Module, batches: DataLoader, progress: bool = False) -> tupl
     was_training, device = net.training, device_of(net)
     net.eval()
     logits, labels = [], []
-    for x, y in _drawn(tqdm(batches, desc="predict", disable=not progress, leave=False)):
+    for x, y in _drawn(progress_bar(batches, show=progress, desc="predict")):
         with fast_autocast(device, fp16=True):
             logits.append(net(_placed(x, device)).float().cpu())
         labels.append(y.cpu())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -59,19 +61,32 @@ def all_digits(device: torch.device) -> Iterator[None]:
         ...     print((x @ x).dtype)
         torch.float32
     """
-    cudnn = torch.backends.cudnn
-    # The newer of two ways where torch has it: it warns of the older one, and wants no mixture.
-    where, name, off = (cudnn, "allow_tf32", False)
-    if hasattr(cudnn, "conv"):
-        where, name, off = (cudnn.conv, "fp32_precision", "ieee")
+    where, name, off = _rounding()
     before = getattr(where, name)
     amp = torch.amp.is_autocast_available(device.type)
-    setattr(where, name, off)
+    _set(where, name, off)
     try:
         with torch.autocast(device.type, enabled=False) if amp else nullcontext():
             yield
     finally:
-        setattr(where, name, before)
+        _set(where, name, before)
+
+
+def _rounding() -> tuple[Any, str, Any]:
+    """Where torch is told whether convolutions round: object, attribute, and the value for no."""
+    cudnn = torch.backends.cudnn
+    try:
+        _ = cudnn.allow_tf32
+    except RuntimeError:  # the reader has set the newer way, beside which torch refuses this one
+        return cudnn.conv, "fp32_precision", "ieee"
+    # The older way, in every torch: set the newer one, and `cudnn.flags` in a network fails.
+    return cudnn, "allow_tf32", False
+
+
+def _set(where: Any, name: str, value: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some releases of torch warn of the older way
+        setattr(where, name, value)
 
 
 def on_cpu() -> AbstractContextManager:

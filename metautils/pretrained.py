@@ -51,7 +51,9 @@ def imagenet() -> dict[str, Tensor]:
     """
     name = IMAGENET.url.rsplit("/", 1)[1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if path.exists():
+    with reading(path):
+        there = path.exists()
+    if there:
         _check_hash(path)  # torch checks a file only while it downloads it
     try:
         state = IMAGENET.get_state_dict(progress=True, check_hash=True, weights_only=True)

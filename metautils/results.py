@@ -96,12 +96,19 @@ def kept(path: Path, made_by: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DataError: if the record is damaged.
     """
-    return trained_by(made_by | read_json(path)) if path.exists() else made_by
+    if not path.exists():
+        return made_by
+    saved = read_json(path)
+    return trained_by(made_by | saved) if isinstance(saved, dict) else made_by
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else f"{device.type} of {_processor()}"
+
+
+def _processor() -> str:
     try:
         names = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # only Linux has that file

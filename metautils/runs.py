@@ -39,7 +39,7 @@ def train(
     transductive: bool = True,
     device: str | torch.device = "cpu",
     validation_episodes: int = 100,
-    **changed: int | None,
+    **changed: float | None,
 ) -> dict[str, Any]:
     """Train a method, test it, and write `record.json`; the same call goes on if interrupted.
 
@@ -97,7 +97,7 @@ def train(
         "seed": seed,
         "steps": told.steps,
         "train": {
-            **{key: getattr(told, key) for key in ("ways", "shots", "queries", "tasks")},
+            **{key: getattr(told, key) for key in ("ways", "shots", "queries", "tasks", "lr")},
             "transductive": learner.transductive,
         },
         **_test(learner, parts.test, rotations, told.episodes, device, asked),
@@ -140,7 +140,8 @@ def evaluate_again(
     made_by, record = results.provenance(torch.device(device)), _record(run)
     method, trained = methods.find(record["method"]), record["train"]
     source, known = source or record["data"], record["split"]
-    same = source == record["data"] and split in (None, known)
+    # Another split of the same set mixes the classes anew, so it is no other set.
+    same = _place(source) == _place(record["data"])
     split = split or ("random" if known == "classes" else known)
     parts = data.load(source, record["seed"], split)
     digests = record.get("digests", {})
@@ -171,6 +172,11 @@ def evaluate_again(
     return out
 
 
+def _place(source: str) -> str | Path:
+    """A set by its name, a folder wherever one stands."""
+    return source if source in data.NAMES else Path(source).resolve()
+
+
 def _known_classes(parts: Parts) -> str:
     """A digest of the names of those that a training has seen."""
     names = repr((parts.train.names, parts.validation.names))
@@ -196,7 +202,7 @@ def _record(run: Path) -> dict[str, Any]:
     return record
 
 
-def _preset(preset: Preset, changed: dict[str, int | None], classes: int) -> Preset:
+def _preset(preset: Preset, changed: dict[str, float | None], classes: int) -> Preset:
     """The preset with the numbers asked for, and no more ways than there are classes."""
     preset = replace(preset, ways=min(preset.ways, classes))
     return replace(preset, **{name: x for name, x in changed.items() if x is not None})

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from metautils.checkpoint import CHECKPOINT, Training
 from metautils.data.quadratics import QuadraticSampler
@@ -19,6 +18,7 @@ from metautils.errors import BadArgument
 from metautils.evaluate import episode_accuracy
 from metautils.learners.base import Learner
 from metautils.precision import all_digits, fast_autocast
+from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
 
 Sampler = EpisodeSampler | RegressionSampler | QuadraticSampler
@@ -112,7 +112,7 @@ def meta_train(
     path = None if out is None else Path(out) / CHECKPOINT
     run = _Run(learner, episodes, validation, settings, path)
     learner.train()
-    bar = tqdm(total=steps, initial=run.step, desc="train", disable=not progress, leave=False)
+    bar = progress_bar(show=progress, total=steps, initial=run.step, desc="train")
     with bar:
         while run.step < steps:
             run.advance()

@@ -72,6 +72,15 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def two_cases(tmp_path: Path) -> None:
+    """A system that tells upper case from lower case in names of files."""
+    (tmp_path / "case").mkdir()
+    if (tmp_path / "CASE").exists():
+        pytest.skip("names that differ in their case alone are one name here")
+    (tmp_path / "case").rmdir()
+
+
 @pytest.fixture(scope="module")
 def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of real data sets, named to all tests of a module, with a cache of their own."""

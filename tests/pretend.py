@@ -24,10 +24,8 @@ except ImportError:  # torch before 2.10 or so
     setup = None
 
 NAME = "pretend"
-# These take a CPU's tensor too, as an index or to copy from, as on a GPU.
-MEET = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "copy_"}
-
-
+# These take a CPU's tensor as an index, as on a GPU.
+INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
 PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
 
 
@@ -103,9 +101,11 @@ class Accelerator:
         """Random numbers from the device's state, not from the CPU's."""
         kept = torch.get_rng_state()
         torch.set_rng_state(cls.state)
-        yield
-        cls.state = torch.get_rng_state()
-        torch.set_rng_state(kept)
+        try:
+            yield
+        finally:
+            cls.state = torch.get_rng_state()
+            torch.set_rng_state(kept)
 
 
 class _Everywhere(TorchDispatchMode):
@@ -152,14 +152,23 @@ def _refuse(op: Any, args: tuple, kwargs: dict[str, Any], ours: list[OnDevice]) 
     if any(isinstance(x, torch.Generator) for x in leaves):
         raise RuntimeError(f"Expected a {NAME!r} device type for generator but found 'cpu'")
     cpus = [x for x in leaves if isinstance(x, Tensor) and not isinstance(x, OnDevice)]
-    if not ours or not cpus:
-        return
-    # A number without dimensions goes anywhere; an index may, unless it alone is on the device.
-    meets = isinstance(args[0], OnDevice) if name in MEET - {"copy_"} else name == "copy_"
-    if not meets and any(x.dim() for x in cpus):
+    if ours and cpus and not _may_meet(op, name, args, cpus):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but {name} found {NAME} and cpu"
         )
+
+
+def _may_meet(op: Any, name: str, args: tuple, cpus: list[Tensor]) -> bool:
+    """Whether a GPU would take these tensors of the CPU beside its own."""
+    if name == "copy_":
+        return True
+    if name in INDEXED:  # indices may lie on the CPU, and what is put there if it is a number
+        put = [x for x in args[2:3] if isinstance(x, Tensor) and not isinstance(x, OnDevice)]
+        return isinstance(args[0], OnDevice) and not any(x.dim() for x in put)
+    changed = op._schema.arguments[0].alias_info
+    if changed is not None and changed.is_write and not isinstance(args[0], OnDevice):
+        return False  # a sum on the CPU cannot take up what lies on the device
+    return name not in ("cat", "stack") and not any(x.dim() for x in cpus)
 
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
@@ -189,6 +198,8 @@ def _lstm_cell(
 @contextmanager
 def device(float64: bool = True) -> Iterator[str]:
     """Give torch the device for a while; yields its name.
+
+    In a process that has not run backward yet: then torch makes a thread for each device it knows.
 
     Raises:
         NotImplementedError: if this torch is too old to have a device written in Python.

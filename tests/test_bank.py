@@ -253,6 +253,11 @@ def test_cache_that_cannot_be_written_is_told_and_the_bank_is_there(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_empty_bank_is_mapped_to_an_empty_one():
+    empty = ClassBank(torch.empty(0, 1, 4, 4), torch.empty(0, dtype=torch.int64), ())
+    assert empty.map(nn.Flatten()).images.shape == (0, 16)
+
+
 def test_default_device_plays_no_part():
     """Banks are made, chosen from, turned and split on the CPU, and as ever."""
     images = [square(k).images for k in (1, 2, 3)]

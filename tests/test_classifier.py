@@ -8,6 +8,7 @@ import torch
 from helpers import COLOURS, same_weights, tiny_classifier, told_in_one_line, weights_of
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 
 from metautils import classifier, pretrained
 from metautils.classifier import Classifier
@@ -186,6 +187,44 @@ def test_numbers_of_the_test_by_hand():
     assert t.worst() == [2, 5, 1]  # 0.1, 0.2 and 0.3 for the true class
     assert t.worst(2) == [2, 5]
     assert str(t) == "50.0 % of 6 test images, 95 % interval 18.8 to 81.2"
+
+
+def test_report_says_what_an_accuracy_hides():
+    """Forty of one class and one of another, which is never found."""
+    chances = torch.tensor([[0.9, 0.1, 0.0]]).expand(41, 3)
+    labels = torch.tensor([0] * 40 + [1])
+    t = classifier.Tested(chances, labels, ("x.png",) * 41, ("common", "rare", "none"))
+    assert t.accuracy == pytest.approx(100 * 40 / 41) == t.majority
+    assert t.balanced == 50
+    assert t.recalls[:2].tolist() == [100, 0] and t.recalls[2].isnan()
+    lines = t.report().splitlines()
+    assert lines[0] == str(t)
+    assert lines[1].startswith("50.0 % as a mean over classes; 97.6 % would be right")
+    assert lines[1].endswith("if every answer were common")
+    assert lines[2:4] == ["  rare    0 of 1 found", "  common  40 of 40 found"]
+    short = ["  rare  0 of 1 found", "  and 2 more classes, found as often or oftener"]
+    assert t.report(1).splitlines()[-2:] == short
+
+
+@pytest.mark.parametrize("shape", [(2, 20_000), (20_000, 2), (1, 9000)])
+def test_a_strip_is_not_enlarged_to_gigabytes(shape):
+    """Its middle alone is seen, so its ends are cut off before."""
+    height, width = shape
+    ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)  # along the strip
+    pixels = np.broadcast_to(ramp if height < width else ramp[:, None], shape)
+    picture = Image.fromarray(np.stack([pixels] * 3, -1))
+    whole = of_test(224)
+    enlarged = v2.Compose(whole.transforms[:3])(picture)
+    assert min(enlarged.shape[1:]) == 232 and enlarged.numel() <= 3 * 8 * 232**2
+    x = whole(picture)
+    assert x.shape == (3, 224, 224)
+    assert x[0].std() < 0.1  # the middle of a slow ramp
+
+
+@pytest.mark.parametrize("size", [(800, 100), (90, 720), (64, 64)])
+def test_ordinary_images_keep_their_ends(size):
+    x = v2.functional.pil_to_tensor(Image.new("RGB", size))
+    assert classifier._without_ends(x) is x
 
 
 def test_class_that_is_never_answered_has_its_place_in_the_confusion():

@@ -1,13 +1,25 @@
 """The command line does what it is told, and ends with one sentence where it cannot."""
 
+import ast
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import OWN_METHOD, ROOT, blobs, paint, quick_preset, train
+import torch
+from helpers import (
+    OWN_METHOD,
+    ROOT,
+    blobs,
+    paint,
+    quick_preset,
+    read_json,
+    tiny_classifier,
+    train,
+)
 
 from metautils import cli, data, results
 from metautils.checkpoint import CHECKPOINT
@@ -180,6 +192,93 @@ def test_out_that_is_a_file(tmp_path, capsys):
     out.write_text("")
     assert train(out) == 2
     assert "metautils: " in capsys.readouterr().err
+
+
+def test_bad_images_do_not_stop_the_good_ones(tmp_path, capsys, photos, monkeypatch):
+    """Each bad one gets its sentence, and the status tells that there was one."""
+    monkeypatch.setattr(cli.classifier, "load", lambda path: tiny_classifier())
+    good = [str(photos / name / "0.png") for name in ("red", "blue")]
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    arguments = ["classify", str(tmp_path), good[0], str(bad), str(tmp_path / "none"), good[1]]
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert [line.split(": ")[0] for line in out.splitlines()] == good
+    assert [line[:11] for line in err.splitlines()] == ["metautils: "] * 2
+    assert str(bad) in err and str(tmp_path / "none") in err
+    assert cli.main(["classify", str(tmp_path), *good]) == 0
+
+
+FULL = {
+    "torch on a GPU": torch.cuda.OutOfMemoryError("CUDA out of memory."),
+    "torch on a CPU": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"),
+    "torch on Windows": RuntimeError("DefaultCPUAllocator: not enough memory: you tried 9"),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_out_of_memory_is_a_sentence_with_flags(tmp_path, capsys, monkeypatch, error, photos):
+    def full(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(cli.finetune, "run", full)
+    arguments = ["finetune", "--data", photos, "--out", tmp_path]
+    says(capsys, arguments, "not enough memory: give a smaller --batch or --size.")
+
+
+def test_other_runtime_errors_keep_their_traceback(tmp_path, monkeypatch, photos):
+    def fault(*arguments, **named):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(cli.finetune, "run", fault)
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli.main(["finetune", "--data", str(photos), "--out", str(tmp_path)])
+
+
+def flags() -> set[str]:
+    """Every flag of every command."""
+    found, parsers = set(), [cli._parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            found |= set(action.option_strings)
+            if isinstance(action.choices, dict):
+                parsers += action.choices.values()
+    return found
+
+
+def test_every_flag_that_a_message_names_exists():
+    named = set()
+    for path in (ROOT / "metautils").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            told = isinstance(node, ast.Constant) and isinstance(node.value, str)
+            if told:
+                named |= set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", node.value))
+    assert {"--out", "--batch", "--size"} <= named
+    assert named - {"--error-unmatch", "--always", "--dirty"} <= flags()
+
+
+def test_advice_on_a_run_can_be_followed():
+    """What a message asks to make smaller can be given."""
+    assert {"--ways", "--shots", "--queries", "--lr", "--batch", "--size", "--epochs"} <= flags()
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--queries"])
+def test_numbers_of_a_training_can_be_given(tmp_path, flag):
+    assert train(tmp_path, flag, 2) == 0
+    assert read_json(tmp_path / "record.json")["train"][flag[2:]] == 2
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "fast"])
+def test_rate_that_is_none(tmp_path, capsys, rate):
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, f"--lr={rate}")
+    assert stopped.value.code == 2
+    assert "--lr" in capsys.readouterr().err
+
+
+def test_folder_whose_name_is_too_long(capsys):
+    says(capsys, ["data", 300 * "x"], "cannot be read (")
 
 
 def test_device_that_is_none(tmp_path, capsys):

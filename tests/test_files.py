@@ -200,6 +200,16 @@ def test_damage_is_told_in_one_sentence(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+def test_whatever_torch_says_of_damage_is_told(tmp_path, monkeypatch):
+    def pop(*arguments, **named):
+        raise IndexError("pop from empty list")
+
+    (tmp_path / "x.pt").touch()
+    monkeypatch.setattr(torch, "load", pop)
+    with pytest.raises(DataError, match=r"x\.pt is damaged"):
+        load_safely(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_truncation_is_told(tmp_path, share):
     path = tmp_path / "x.pt"
@@ -255,8 +265,8 @@ def test_time_of_writing(tmp_path):
     path = tmp_path / "x"
     assert written_at(path) is None
     path.touch()
-    os.utime(path, ns=(5, 7))
-    assert written_at(path) == 7
+    os.utime(path, ns=(5 * 10**9, 7 * 10**9))
+    assert written_at(path) == 7 * 10**9
 
 
 def test_cache_folder_without_a_home(monkeypatch):

@@ -55,9 +55,9 @@ def test_parts_end_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "__file__", str(fake))
     monkeypatch.setattr(gpu, "TOGETHER", ["good", "bad"])
     monkeypatch.setattr(gpu, "ALONE", ["slow", "late"])
-    monkeypatch.setattr(gpu, "LIMIT", 6)
+    monkeypatch.setattr(gpu, "LIMIT", 15)
     began = time.monotonic()
-    assert gpu.everything("pretend", tmp_path) == 1
+    assert gpu.everything("pretend", tmp_path, tmp_path) == 1
     assert time.monotonic() - began < 30
     (table,) = read_json(tmp_path / "gpu.json")["tables"]
     outcome = {row[0]: row[1] for row in table["rows"]}

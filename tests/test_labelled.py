@@ -81,6 +81,7 @@ def test_copies_of_a_picture_stay_together_and_count_once(tmp_path, seed):
     assert [len(part - set(map(str, copies))) for part in found] == [6, 2, 2]
 
 
+@pytest.mark.usefixtures("two_cases")
 def test_classes_may_be_named_like_parts(tmp_path):
     """Where there is no train among them, they are none."""
     split = labelled.load(fill(tmp_path, test=3, Test=3, val=3))
@@ -329,7 +330,9 @@ def animated(name):
         pytest.param(animated("x.tif"), r"a/x\.tif has 2 frames: save the one", id="TIFF"),
     ],
 )
-def test_what_is_wrong_is_told(tmp_path, make, sentence):
+def test_what_is_wrong_is_told(tmp_path, make, sentence, request):
+    if "case" in request.node.name:
+        request.getfixturevalue("two_cases")
     root = tmp_path / "set"
     root.mkdir()
     make(root)

@@ -108,6 +108,28 @@ def test_all_digits_in_an_older_torch(monkeypatch):
     assert older.allow_tf32 is True
 
 
+def test_all_digits_beside_the_usual_way_around_recurrent_kernels():
+    """`cudnn.flags` in a network reads the older setting, which torch refuses beside the newer."""
+    with all_digits(CPU), torch.backends.cudnn.flags(enabled=False):
+        assert not torch.backends.cudnn.enabled
+    assert convolutions_round()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch has one way alone")
+def test_all_digits_where_a_reader_has_set_the_newer_way():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = "ieee"
+    try:
+        with pytest.raises(RuntimeError):
+            _ = torch.backends.cudnn.allow_tf32
+        with all_digits(CPU):
+            assert conv.fp32_precision == "ieee"
+        assert conv.fp32_precision == "ieee"
+    finally:
+        conv.fp32_precision = before
+
+
 def test_all_digits_on_a_device_without_autocast():
     with all_digits(torch.device("meta")):
         assert not convolutions_round()

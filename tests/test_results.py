@@ -182,6 +182,13 @@ def test_a_training_keeps_what_it_was_made_by(tmp_path):
     assert results.kept(path, NEW) == OLD
     path.write_text(json.dumps(record(**NEW, trained_by=OLD)), encoding="utf-8")
     assert results.kept(path, NEW) == OLD
+    path.write_text("[1]", encoding="utf-8")
+    assert results.kept(path, NEW) == NEW
+
+
+def test_a_mac_s_accelerator_is_not_its_processor():
+    names = {results.provenance(torch.device(name))["device"] for name in ("cpu", "mps")}
+    assert len(names) == 2
 
 
 def test_page_tells_test_and_training_apart(elsewhere):

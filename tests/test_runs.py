@@ -32,7 +32,8 @@ def test_training_writes_a_whole_record(tmp_path, capsys):
         "data": "glyphs", "tested_on": "glyphs",
         "split": "classes", "classes": {"train": 6, "validation": 3, "test": 5},
         "rotations": "classes", "seed": 3, "steps": 3, "preset": "quick",
-        "train": {"ways": 4, "shots": 1, "queries": 2, "tasks": 1, "transductive": False},
+        "train": {"ways": 4, "shots": 1, "queries": 2, "tasks": 1, "lr": 0.001,
+                  "transductive": False},
     }  # fmt: skip
     assert {name: record[name] for name in expected} == expected
     # Five test classes turned are twenty, and eight images leave room for 5 shots, 3 queries.
@@ -141,7 +142,7 @@ def test_learner_that_adapts(tmp_path, method, capsys):
     assert record["rotations"] == "episode"
     sizes = {"ways": 3, "shots": 2, "queries": 2, "tasks": 2}
     together = method != "meta_lstm"  # whose queries never help one another in a test
-    assert record["train"] == sizes | {"transductive": together}
+    assert record["train"] == sizes | {"transductive": together, "lr": 1e-3}
     assert "steps=" in record["learner"]
     assert ("transductive=True" in record["learner"]) == together
     rows = [(e["ways"], e["shots"], e["queries"], e["episodes"]) for e in record["evaluations"]]
@@ -176,7 +177,7 @@ def test_learner_that_compares(tmp_path, method, shots):
     assert set(results.FIELDS) <= set(record)
     assert (record["method"], record["rotations"]) == (method, "classes")
     sizes = {"ways": 3, "shots": shots, "queries": 2, "tasks": 1}
-    assert record["train"] == sizes | {"transductive": False}
+    assert record["train"] == sizes | {"transductive": False, "lr": 1e-3}
     told = {
         "protonet": "distance=squared_euclidean",
         "matching": "scale=10.0",
@@ -357,10 +358,12 @@ def test_classes_of_the_training_are_not_tested_on(tmp_path, capsys, many_classe
     assert train(tmp_path / "run", "--data", photos) == 0
     shutil.copytree(many_classes / "class03", photos / "another")
     capsys.readouterr()
-    assert again(tmp_path / "run") == 2
-    assert re.fullmatch(
-        r"metautils: .*photos has other classes than in training.*\n", capsys.readouterr().err
-    )
+    # Named in another way, or with a split that folders do not have, it is the same folder.
+    for more in ([], ["--data", f"{photos}/../photos"], ["--split", "random"]):
+        assert again(tmp_path / "run", *more) == 2
+        assert re.fullmatch(
+            r"metautils: .*photos has other classes than in training.*\n", capsys.readouterr().err
+        )
     assert len(list((tmp_path / "run").glob("record*"))) == 1
 
 

@@ -77,7 +77,8 @@ def test_no_proc(tmp_path, monkeypatch, short_runs):
 
 # A pipe on Windows, whose encoding lacks letters
 
-NAMES = ["é", "日本", "✓", os.fsdecode(b"\xff"), "a", "b"]
+# A name of bytes that are no letters is possible on Linux alone.
+NAMES = ["é", "日本", "✓", *([os.fsdecode(b"\xff")] if sys.platform == "linux" else []), "a", "b"]
 COMMANDS = """
 import sys
 import warnings
@@ -220,6 +221,7 @@ def everything_read(root):
     )
 
 
+@pytest.mark.usefixtures("two_cases")
 def test_folders_are_read_alike_everywhere(tmp_path, another_system):
     """Upper and lower case, as this system tells them apart; whatever order it lists them in."""
     root = fill(tmp_path / "photos", ["B", "a", "a b", "Cat", "cat", "_c", "é", "E"])

@@ -5,8 +5,9 @@
     python tools/gpu.py --only record       one part again
 
 A machine with a torch of its own needs no environment: any Python will do that has the package's
-dependencies, pytest and IPython. The parts are processes of their own; each may fail without the
-others, and what was measured is written as soon as it is there.
+dependencies, pytest, hypothesis and IPython, and for two of the benchmarks their peer, higher. The
+parts are processes of their own; each may fail without the others, and what was measured is written
+as soon as it is there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from metautils.files import write_json
 from ondevice import ROOT
 
 LIMIT = 480  # seconds for all
+LOGS = Path("runs") / "gpu"  # what the parts print
 CORES = os.cpu_count() or 1
 WORKERS = min(4, CORES)  # parts at a time
 TOGETHER = ["tests", *ondevice.CHAPTERS]  # of these no speed is measured
@@ -53,7 +55,7 @@ def tests(device: str) -> int:
     """The tests that take a device; the chapters in them are parts of their own here."""
     import pytest
 
-    file = str(ROOT / "tests" / "test_device.py")
+    file = str(ROOT / "tests" / "device_tests.py")
     return pytest.main(["-q", "-p", "no:cacheprovider", "-k", f"{device} and not chapter", file])
 
 
@@ -88,17 +90,18 @@ def one(part: str, device: str, out: Path) -> int:
     return 0
 
 
-def apart(part: str, device: str, out: Path, until: float) -> list[str]:
+def apart(part: str, device: str, out: Path, logs: Path, until: float) -> list[str]:
     """One part in a process of its own; its name, what became of it, and its seconds."""
-    threads = {"OMP_NUM_THREADS": str(max(1, CORES // WORKERS))}
+    # A benchmark measures memory in processes of its own, which have to find the package too.
+    told = {"OMP_NUM_THREADS": str(max(1, CORES // WORKERS)), "PYTHONPATH": str(ROOT)}
     began = time.monotonic()
     if began >= until:
         return [part, "no time left", "0"]
     command = [sys.executable, __file__, "--only", part, "--device", device, "--out", str(out)]
-    with (out / f"{Path(part).stem}.log").open("w", encoding="utf-8") as log:
+    with (logs / f"{Path(part).stem}.log").open("w", encoding="utf-8") as log:
         try:
             done = subprocess.run(
-                command, stdout=log, stderr=log, timeout=until - began, env=os.environ | threads
+                command, stdout=log, stderr=log, timeout=until - began, env=os.environ | told
             )
             became = "passed" if done.returncode == 0 else f"failed, see {log.name}"
         except subprocess.TimeoutExpired:
@@ -108,13 +111,13 @@ def apart(part: str, device: str, out: Path, until: float) -> list[str]:
     return row
 
 
-def everything(device: str, out: Path) -> int:
+def everything(device: str, out: Path, logs: Path) -> int:
     """All parts; the table of what became of them goes to gpu.json. Exit status 1 if one failed."""
-    until = time.monotonic() + LIMIT
     made_by = results.provenance(torch.device("cpu" if device == "pretend" else device))
+    until = time.monotonic() + LIMIT
     with ThreadPoolExecutor(WORKERS) as pool:
-        rows = list(pool.map(lambda part: apart(part, device, out, until), TOGETHER))
-    rows += [apart(part, device, out, until) for part in ALONE]
+        rows = list(pool.map(lambda part: apart(part, device, out, logs, until), TOGETHER))
+    rows += [apart(part, device, out, logs, until) for part in ALONE]
     table = {"title": "Parts", "heads": ["Part", "Outcome", "Seconds"], "rows": rows}
     what = "the tests of devices, every chapter at its quick size, a training, the benchmarks"
     write_json({"what": what, "tables": [table], **made_by}, out / "gpu.json")
@@ -125,19 +128,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda", help="cuda, or pretend")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "pretend"])
     parser.add_argument("--only", metavar="PART", choices=[*TOGETHER, *ALONE])
-    parser.add_argument("--out", type=Path, help="folder for records and logs")
+    parser.add_argument("--out", type=Path, help="folder for records and for what the parts print")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("There is no GPU that torch can use: --device pretend tries the same without one.")
         return 2
-    if args.out is None:
-        args.out = results.folder() if args.device == "cuda" else Path(tempfile.mkdtemp())
-    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out or (results.folder() if args.device == "cuda" else LOGS)
+    logs = args.out or LOGS
+    for folder in (out, logs):
+        folder.mkdir(parents=True, exist_ok=True)
     if args.only:
-        return one(args.only, args.device, args.out)
-    return everything(args.device, args.out)
+        return one(args.only, args.device, out)
+    return everything(args.device, out, logs)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def install(trial: Trial) -> Path | None:
             trial.missing = " ".join(map(str.strip, reason)) or "no reason was told"
             return None
     subprocess.run((*pip, "--no-deps", "-e", "."), cwd=ROOT, check=True)
-    told = subprocess.run((python, "-c", TELL), capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        (python, "-c", TELL), stdout=subprocess.PIPE, encoding="utf-8", check=True
+    )
     trial.python, trial.torch = told.stdout.split()
     return python
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from metautils.data import cifar_fs, digits, folder, glyphs, omniglot
 from metautils.data.bank import Parts
 from metautils.errors import BadArgument
+from metautils.files import reading
 
 NAMES = ("glyphs", "omniglot", "digits", "cifar_fs")
 
@@ -32,6 +33,8 @@ def load(name: str, seed: int = 0, split: str = "random") -> Parts:
         return digits.load()
     if name == "cifar_fs":
         return cifar_fs.load()
-    if Path(name).is_dir():
+    with reading(Path(name)):
+        given = Path(name).is_dir()
+    if given:
         return folder.load(name, seed=seed)
     raise BadArgument(f"{name!r} is neither a folder nor one of {', '.join(NAMES)}.")

@@ -124,7 +124,7 @@ class ClassBank:
         Right only where an image's embedding does not depend on the task around it. `batch` images
         are embedded at a time, and fewer where they are large.
         """
-        batch = min(batch, max(1, NUMBERS_AT_ONCE // max(1, self.images[0].numel())))
+        batch = min(batch, max(1, NUMBERS_AT_ONCE // max(1, self.images.shape[1:].numel())))
         with fast_autocast(self.images.device):
             # (batch, ...) each
             rows = [embed(as_float(x)).float() for x in self.images.split(batch)]
