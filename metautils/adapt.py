@@ -188,14 +188,15 @@ def inner_steps(
         loss: of the adapted module, a scalar, such as `lambda f: F.mse_loss(f(x), y)`.
         optimizer: `SGD` or `Adam` of this file, or a learned one.
         first_order: treat the inner gradient as a constant (FOMAML), which is cheaper.
-        only: adapt only these parameters, or the parameters of these submodules (ANIL).
+        only: adapt only these parameters, or the parameters of these submodules (ANIL). Frozen
+            ones, with `requires_grad=False`, stay as they are in any case.
         clip: scale the gradient of a step down to this norm, over all adapted parameters.
         allow_unused: leave parameters that take no part in the loss as they are.
 
     Raises:
-        ValueError: if the module has no parameter to adapt, the loss is not a scalar or a
-            parameter takes no part in it, the module's parameters change between two steps, or
-            `clip` is not positive.
+        ValueError: if the module has no parameter to adapt or all are frozen, the loss is not a
+            scalar or a parameter takes no part in it, the module's parameters change between two
+            steps, or `clip` is not positive.
     """
     if clip is not None and clip <= 0:
         raise ValueError(f"clip is {clip}; a norm must be above 0.")
@@ -314,7 +315,16 @@ def _names(theta: Named, only: Collection[str]) -> list[str]:
     names = [n for n in theta if not wanted or any(f"{n}.".startswith(f"{w}.") for w in wanted)]
     if not names:
         raise ValueError("The module has no parameters, so there is nothing to adapt.")
-    return names
+    # What functional_call has put in place of a parameter is none, and under vmap it does not tell
+    # whether it requires a gradient.
+    frozen = {n for n, p in theta.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
+    learning = [name for name in names if name not in frozen]
+    if not learning:
+        raise ValueError(
+            f"{', '.join(names)}: all that could adapt is frozen, so give some of it "
+            "requires_grad_(True), or name other parameters in only=...."
+        )
+    return learning
 
 
 def _check_unchanged(module: nn.Module, theta: Named, k: int) -> None:

@@ -2,12 +2,14 @@
 
 import copy
 import warnings
+from functools import partial
 from itertools import islice, pairwise
 
 import pytest
 import torch
 from helpers import elsewhere, flat, gradient, images_to_learn, relative, slope_error
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
@@ -386,6 +388,134 @@ def test_shared_parameters_move_together():
     assert (
         slope_error(lambda: meta_loss(net, SGD(0.1), 3, (x, y, x, y)), [*net.parameters()]) < 1e-8
     )
+
+
+# Frozen parameters
+
+
+FROZEN = pytest.mark.parametrize(
+    "frozen", [("embed.0",), ("head",), ("embed.0.weight", "head.bias"), ("embed",)], ids=str
+)
+
+
+def freeze(net, names):
+    """Parameters of these names or below them no longer learn; the names of all of them."""
+    found = {
+        n: p for n, p in net.named_parameters() if f"{n}.".startswith(tuple(f"{x}." for x in names))
+    }
+    for p in found.values():
+        p.requires_grad_(False)
+    return set(found)
+
+
+@EACH
+@FROZEN
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("vectorise", [True, False])
+def test_frozen_parameters_stay_in_the_inner_loop(kind, frozen, first_order, vectorise):
+    """As an inner loop written out has it, and torch's optimisers, which pass them over."""
+    net, curves = small_mlp(), [torch.stack(x) for x in zip(*map(curve, range(3)), strict=True)]
+    kept, theta = freeze(net, frozen), dict(net.named_parameters())
+    ends = []
+    for x, y in zip(*curves[:2], strict=True):
+        theirs, (_, optimizer, options) = copy.deepcopy(net), OPTIMIZERS[kind]
+        optimizer = optimizer([p for p in theirs.parameters() if p.requires_grad], **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            fit(x, y)(theirs).backward()
+            optimizer.step()
+        ends.append(flat(theirs.parameters()))
+
+    def task(x, y, *_):
+        f = adapt(net, fit(x, y), ours(kind), 3, first_order=first_order)
+        assert all(f.parameters[name] is theta[name] for name in kept)
+        return torch.cat([p.flatten() for p in f.parameters.values()])
+
+    found = over_tasks(task, net, *curves, vectorise=vectorise)
+    assert relative(found.detach(), torch.stack(ends)) < 1e-12
+
+
+@FROZEN
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("vectorise", [True, False])
+def test_frozen_parameters_get_no_meta_gradient(frozen, first_order, vectorise):
+    """And the others the one of an inner loop written by hand."""
+    net, data = small_mlp(), [x[None] for x in curve()]
+    kept, theta = freeze(net, frozen), dict(net.named_parameters())
+    options = {"first_order": first_order}
+    over_tasks(
+        lambda *one: meta_loss(net, SGD(0.1), 3, one, **options), net, *data, vectorise=vectorise
+    ).sum().backward()
+    assert {name for name, p in theta.items() if p.grad is None} == kept
+    x, y, qx, qy = curve()
+    phi, learning = dict(theta), [name for name in theta if name not in kept]
+    for _ in range(3):
+        loss = fit(x, y)(partial(functional_call, net, phi))
+        slopes = torch.autograd.grad(
+            loss, [phi[name] for name in learning], create_graph=not first_order
+        )
+        phi |= {n: phi[n] - 0.1 * g for n, g in zip(learning, slopes, strict=True)}
+    expected = gradient(
+        fit(qx, qy)(partial(functional_call, net, phi)), [*map(theta.get, learning)]
+    )
+    assert relative(flat([theta[name].grad for name in learning]), expected) < 1e-12
+
+
+def test_only_chooses_among_what_is_not_frozen():
+    net, (x, y, *_) = small_mlp(), curve()
+    freeze(net, ["head.bias", "embed.0"])
+    f = adapt(net, fit(x, y), SGD(0.1), only=["head", "embed.0"])
+    moved = {n for n, p in net.named_parameters() if not torch.equal(p, f.parameters[n])}
+    assert moved == {"head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "only", "told"),
+    [
+        (["head", "embed"], (), r"embed\.0\.weight, .*, head\.bias"),
+        (["head"], "head", r"head\.weight, head\.bias"),
+    ],
+)
+def test_nothing_left_to_adapt(frozen, only, told):
+    net = small_mlp()
+    freeze(net, frozen)
+    refused(rf"^{told}: all that could adapt is frozen, so give .*only=", net=net, only=only)
+
+
+def test_frozen_parameters_take_no_part_in_the_norm_of_a_clip():
+    net, (x, y, *_) = small_mlp(), curve()
+    kept, theta = freeze(net, ["embed.0"]), dict(net.named_parameters())
+    f = adapt(net, fit(x, y), SGD(1.0), clip=1e-3)
+    moved = flat([p - theta[name] for name, p in f.parameters.items() if name not in kept])
+    torch.testing.assert_close(moved.norm(), torch.tensor(1e-3, dtype=torch.float64))
+
+
+def test_shared_parameters_are_frozen_by_one_name():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    net[2].weight = net[0].weight
+    net[2].weight.requires_grad_(False)
+    x = torch.rand(4, 3, dtype=torch.float64)
+    f = adapt(net, fit(x, x), SGD(0.1))
+    assert f.parameters["0.weight"] is net[0].weight
+    assert not torch.equal(f.parameters["2.bias"], net[2].bias)
+
+
+def test_tensors_in_the_place_of_parameters_adapt_in_any_case():
+    """As where the module is run by functional_call with tensors of no gradient of their own."""
+    net, (x, y, *_) = small_mlp(), curve()
+    expected = adapt(net, fit(x, y), SGD(0.1)).parameters
+    given = {name: p.detach() for name, p in net.named_parameters()}
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, y):
+            return adapt(self.net, fit(x, y), SGD(0.1)).parameters
+
+    found = functional_call(Outer(), {f"net.{name}": p for name, p in given.items()}, (x, y))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # Buffers

@@ -37,6 +37,7 @@ from metautils.episode import Episode
 from metautils.evaluate import episode_accuracy, evaluate, squared_errors
 from metautils.learners.anil import ANIL
 from metautils.learners.maml import FOMAML, MAML
+from metautils.learners.meta_lstm import MetaLSTM
 from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.reptile import Reptile
 from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, mlp
@@ -272,6 +273,53 @@ def test_reptile_shows_what_it_would_predict(transductive):
             learner.net, lambda f, k=k: F.cross_entropy(f(x[k]), y[k]), learner.optimizer(), 2
         )
         torch.testing.assert_close(found, learner._predict(f, e.support_x[k], e.query_x[k]))
+
+
+# Frozen parameters
+
+
+@pytest.mark.parametrize("kind", [*LEARNERS, MetaLSTM])
+@VECTORISE
+def test_frozen_weights_are_the_same_to_the_last_bit_after_training(kind, vectorise):
+    """Neither the inner loop nor Adam sees them, nor does the clip; all others learn."""
+    options = {} if kind is MetaLSTM else {"vectorise": vectorise}
+    learner = small(kind, nn.BatchNorm2d if kind is MetaLSTM else BatchNorm, **options)
+    learner.net.embed.requires_grad_(False)
+    learner.net.head.bias.requires_grad_(False)
+    before = weights_of(learner.net)
+    meta_train(learner, blob_tasks(tasks=2), 3, lr=0.1, progress=False, clip=1.0)
+    after = learner.net.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "head.weight"
+    }
+    assert all(p.grad is None for p in learner.net.embed.parameters())
+
+
+@ALL
+@VECTORISE
+def test_frozen_body_leaves_an_inner_loop_of_the_head(kind, vectorise):
+    """The same as naming what adapts, with no gradient for what does not."""
+    if kind is ANIL:
+        pytest.skip("it adapts the head in any case")
+    e, found = images_to_learn(), []
+    for options in ({"only": ["head"]}, {}):
+        learner = conv(kind, 3, vectorise=vectorise, **options)
+        if not options:
+            learner.net.embed.requires_grad_(False)
+        loss, predictions = learner.meta_loss(e)
+        found.append((predictions, gradient(loss, list(learner.net.head.parameters()))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    learner.meta_loss(e)[0].backward()
+    assert all(p.grad is None for p in learner.net.embed.parameters())
+
+
+def test_learner_with_nothing_left_to_adapt():
+    learner, e = conv(ANIL), images_to_learn()
+    learner.net.head.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"^head\.weight, head\.bias: all that could adapt is froz"
+    ):
+        learner(e.support_x, e.support_y, e.query_x)
 
 
 # Transduction
