@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from metautils import pretrained
 from metautils.data.bank import ClassBank
 from metautils.episode import Episode
-from metautils.learners.base import Learner, Method, Preset, Problem
+from metautils.learners.base import Learner, Method, Preset, Problem, ways_of
 from metautils.learners.protonet import cosine, prototypes
 from metautils.nets import Conv4
 from metautils.precision import all_digits
@@ -51,13 +51,13 @@ def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
 
     Args:
         support: features `(tasks, S, d)`.
-        labels: `(tasks, S)` int64; the classes present are 0 to `labels.max()`.
+        labels: `(tasks, S)` int64; the classes are 0 to `labels.max()`, see `ways_of`.
         query: features `(tasks, Q, d)`.
 
     Returns:
         Logits `(tasks, Q, ways)`.
     """
-    return SCALE * (1 - cosine(query, prototypes(support, labels, int(labels.max()) + 1)))
+    return SCALE * (1 - cosine(query, prototypes(support, labels, ways_of(labels))))
 
 
 def linear_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def linear_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     et al. 2020 do.
     """
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
-    ways = int(labels.max()) + 1
+    ways = ways_of(labels)
     start = support.new_zeros(len(support), ways, support.shape[-1])  # (tasks, ways, d)
     weight = _fitted(start, labels, lambda w: SCALE * support @ w.mT)
     return SCALE * query @ weight.mT  # (tasks, Q, d) @ (tasks, d, ways)
@@ -80,7 +80,7 @@ def cosine_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     """
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
     # (tasks, ways, d)
-    start = F.normalize(prototypes(support, labels, int(labels.max()) + 1), dim=-1)
+    start = F.normalize(prototypes(support, labels, ways_of(labels)), dim=-1)
     weight = _fitted(start, labels, lambda w: SCALE * support @ F.normalize(w, dim=-1).mT)
     return SCALE * query @ F.normalize(weight, dim=-1).mT  # (tasks, Q, d) @ (tasks, d, ways)
 
@@ -134,7 +134,7 @@ class Baseline(Learner):
         yield F.cross_entropy(logits, labels), logits, labels
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-        """Logits `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
+        """Logits `(tasks, Q, ways)`; the classes are 0 to `support_y.max()`, see `ways_of`."""
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         # (tasks, S + Q, d)
         features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
