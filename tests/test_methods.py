@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from helpers import OWN_METHOD, own_method, told_in_one_line, train
+from helpers import OWN_METHOD, own_method, tiny_body, told_in_one_line, train
 
-from metautils import methods
+from metautils import methods, pretrained
+from metautils.episode import Episode
 from metautils.learners.base import Problem
 
 
@@ -38,6 +39,25 @@ def test_presets_are_sound(method, name):
     predictions = learner.eval()(x, y, torch.rand(1, 2, 1, 28, 28))
     assert predictions.shape == (1, 2, preset.ways)
     assert predictions.isfinite().all()
+
+
+@pytest.mark.parametrize("method", methods.known())
+@pytest.mark.parametrize("size", [28, 32, 64, 84])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_every_size_are_learned_from(monkeypatch, method, size, channels):
+    """A whole learner answers a tiny task, and each of its pieces sends gradients back."""
+    monkeypatch.setattr(pretrained, "FEATURES", 8)
+    monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
+    learner = methods.known()[method].make(Problem(torch.Size([channels, size, size]), 2, 2))
+    labels = torch.arange(2)[None]
+    support, queries = torch.rand(2, 1, 2, channels, size, size)
+    predictions = learner(support, labels, queries)
+    assert predictions.shape == (1, 2, 2)
+    for loss, *_ in learner.pieces(Episode(support, labels, queries, labels, labels)):
+        loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in learner.parameters())
+    with torch.no_grad():
+        assert learner.eval()(support, labels, queries).shape == (1, 2, 2)
 
 
 def test_every_learners_file_is_known():

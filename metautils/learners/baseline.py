@@ -13,7 +13,7 @@ from metautils.data.bank import ClassBank
 from metautils.episode import Episode
 from metautils.learners.base import Learner, Method, Preset, Problem, ways_of
 from metautils.learners.protonet import cosine, prototypes
-from metautils.nets import Conv4
+from metautils.nets import Conv4, features_of
 from metautils.precision import all_digits
 from metautils.pretrained import Prepared
 
@@ -163,9 +163,7 @@ def _on_conv4(
 
     def make(problem: Problem) -> Baseline:
         body = Conv4(problem.image[0])
-        with torch.no_grad():
-            features = body.eval()(torch.zeros(1, *problem.image)).shape[1]
-        return Baseline(body.train(), head(features, problem.classes), fit)
+        return Baseline(body, head(features_of(body, problem.image), problem.classes), fit)
 
     return make
 

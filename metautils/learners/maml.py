@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
 from metautils.episode import Episode
 from metautils.learners.base import Learner, Method, Preset, Problem, task_loss
-from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier
+from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, features_of
 from metautils.precision import all_digits
 
 
@@ -185,7 +185,7 @@ def on_strided_conv4(learner: Callable[..., MAML], **options: object) -> Callabl
 
     def make(problem: Problem) -> MAML:
         body = Conv4(problem.image[0], strided=True, norm=BatchNorm)
-        net = classifier(body, 64, problem.ways)
+        net = classifier(body, features_of(body, problem.image), problem.ways)
         return learner(net, **options, transductive=problem.transductive)
 
     return make
