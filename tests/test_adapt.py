@@ -11,6 +11,7 @@ from helpers import elsewhere, flat, gradient, images_to_learn, relative, slope_
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
 from metautils.learners.learned_optimizer import LSTMOptimizer
@@ -638,7 +639,12 @@ NETS = {
     "strided": lambda: classifier(Conv4(width=4, strided=True, norm=BatchNorm), 4, 3),
     "group norm": lambda: classifier(Conv4(width=4, norm=lambda c: nn.GroupNorm(2, c)), 4, 3),
     "mlp": lambda: mlp(width=8),
-}
+    "layer norm": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.LayerNorm([14, 14]), nn.Tanh(), nn.Flatten(),
+        nn.LayerNorm(392), nn.Linear(392, 3, bias=False), nn.LayerNorm(3, bias=False),
+        nn.LayerNorm(3, elementwise_affine=False),
+    ),
+}  # fmt: skip
 
 
 @EACH
@@ -716,6 +722,245 @@ def test_batch_norm_without_statistics_is_refused_at_rest_too():
     net = with_layer(own_batch(4)).eval()
     with pytest.raises(ValueError, match="cannot be vectorised"):
         over_tasks(lambda *d: meta_loss(net, SGD(0.1), 1, d), net, *images(), vectorise=True)
+
+
+class Around(nn.Module):
+    """Sequences `(n, 4, 3)` through a layer in the middle to three logits."""
+
+    def __init__(self, middle, width=8):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3, width), middle, nn.Linear(width, 3)
+        self.double()
+
+    def forward(self, x):
+        x = self.middle(self.first(x))
+        return self.last((x[0] if isinstance(x, tuple) else x).mean(1))
+
+
+def sequences(tasks=2):
+    """Tasks of sequences: support_x, support_y, query_x, query_y."""
+    g = torch.Generator().manual_seed(0)
+    x, qx = (torch.randn(tasks, 6, 4, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    y = torch.arange(6).remainder(3).expand(tasks, 6)
+    return x, y, qx, y
+
+
+def vmapped(net, data, vectorise=True):
+    """Meta-losses of all tasks after two steps."""
+    return over_tasks(
+        lambda *one: meta_loss(net, SGD(0.1), 2, one), net, *data, vectorise=vectorise
+    )
+
+
+class Cells(nn.Module):
+    """A recurrent layer of one step at a time."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        h = None
+        for each in x.unbind(1):
+            h = self.cell(each, h)
+        return (h[0] if isinstance(h, tuple) else h)[:, None]
+
+
+NOT_FOR_VMAP = {
+    "lstm": lambda: nn.LSTM(8, 8, batch_first=True),
+    "gru": lambda: nn.GRU(8, 8, batch_first=True),
+    "rnn": lambda: nn.RNN(8, 8, batch_first=True),
+    "lstm cell": lambda: Cells(nn.LSTMCell(8, 8)),
+    "gru cell": lambda: Cells(nn.GRUCell(8, 8)),
+    "rnn cell": lambda: Cells(nn.RNNCell(8, 8)),
+    "rrelu": nn.RReLU,
+}
+
+
+@pytest.mark.parametrize("make", NOT_FOR_VMAP.values(), ids=NOT_FOR_VMAP)
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_vmap_does_not_run_are_told(make, training):
+    torch.manual_seed(0)
+    net = Around(make()).train(training)
+    with pytest.raises(
+        ValueError, match=r"^middle.*\) cannot be vectorised, as .*vectorise=False\.$"
+    ):
+        vmapped(net, sequences())
+    assert vmapped(net, sequences(), vectorise=False).isfinite().all()
+
+
+class Of(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def filled(x):
+    """Into a tensor that was made without regard to what there is of each task."""
+    new = torch.zeros(x.shape, dtype=x.dtype)
+    new += x
+    return new
+
+
+RANDOM, BRANCH = "it draws random numbers", "it makes a number of a tensor, or branches on one"
+DYNAMIC = "it makes a tensor whose size depends on what is computed"
+WHAT_VMAP_CANNOT = {
+    "functional dropout": (F.dropout, RANDOM),
+    "noise like it": (lambda x: x + torch.randn_like(x), RANDOM),
+    "noise of a shape": (lambda x: x + torch.randn(8), RANDOM),
+    "noise in place": (lambda x: x + torch.empty(8).normal_(), RANDOM),
+    "gumbel": (F.gumbel_softmax, RANDOM),
+    "mask": (lambda x: x * torch.bernoulli(torch.full((8,), 0.5)), RANDOM),
+    "order": (lambda x: x[..., torch.randperm(8)], RANDOM),
+    "branch": (lambda x: x if x.sum() > 0 else 2 * x, BRANCH),
+    "number": (lambda x: x * float(x.detach().mean()), BRANCH),
+    "item": (lambda x: x * x.detach().mean().item(), BRANCH),
+    "list": (lambda x: x * x.mean().detach().tolist(), "it takes numbers out of a tensor"),
+    "rows": (lambda x: x[:, (x.sum((0, 2)) > -1e3).nonzero().flatten()], DYNAMIC),
+    "boolean mask": (lambda x: x + x[x > 0].sum(), DYNAMIC),
+    "in place": (filled, "it changes a tensor in place that the tasks share"),
+}
+
+
+@pytest.mark.parametrize(("function", "told"), WHAT_VMAP_CANNOT.values(), ids=WHAT_VMAP_CANNOT)
+def test_what_vmap_cannot_run_is_told(function, told):
+    torch.manual_seed(0)
+    net = Around(Of(function))
+    sentence = rf"^This cannot be vectorised \({told}.*\): give vectorise=False, .*\.$"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        vmapped(net, sequences())
+    assert "\n" not in str(caught.value)
+    assert vmapped(net, sequences(), vectorise=False).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, parametrizations.spectral_norm])
+def test_spectral_norm_is_vectorised_at_rest_alone(norm):
+    torch.manual_seed(0)
+    net = Around(norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"^This cannot be vectorised \(.* give vectorise=False"):
+        vmapped(net, sequences())
+    assert vmapped(net, sequences(), vectorise=False).isfinite().all()
+    found = [vmapped(net.eval(), sequences(), vectorise) for vectorise in (True, False)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda x: x @ torch.ones(5, 5, dtype=x.dtype), "shapes cannot be multiplied"),
+        (lambda x: torch.zeros(3).add_(x.new_ones(7, 3)), "broadcast shape"),
+        (lambda x: x.view(5), "invalid for input of size"),
+    ],
+)
+def test_other_errors_under_vmap_keep_their_words(wrong, words):
+    with pytest.raises(RuntimeError, match=words):
+        vmapped(Around(Of(wrong)), sequences())
+
+
+class ChannelsNorm(nn.LayerNorm):
+    """Over another dimension than the last."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_layer_norm_of_another_kind_is_told():
+    """Torch's own is put right; what another class makes of it cannot be known."""
+    net = Around(ChannelsNorm(4))
+    with pytest.raises(
+        ValueError, match=r"^middle \(ChannelsNorm\) cannot be vec.*vectorise=False"
+    ):
+        vmapped(net, sequences())
+    assert vmapped(net, sequences(), vectorise=False).isfinite().all()
+
+
+# Layers whose fast kernels have no second derivative
+
+
+class SelfAttention(nn.Module):
+    """Attention of torch, of its layer for several heads, or by the formula."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.heads = how, nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        if self.how == "heads":
+            return self.heads(x, x, x, need_weights=False)[0]
+        if self.how == "torch":
+            return F.scaled_dot_product_attention(x, x, x) + 0 * self.heads(x, x, x)[0]
+        return (x @ x.mT / 8**0.5).softmax(-1) @ x + 0 * self.heads(x, x, x)[0]
+
+
+TWICE = {
+    "attention": lambda: SelfAttention("torch"),
+    "heads": lambda: SelfAttention("heads"),
+    "transformer": lambda: nn.TransformerEncoderLayer(
+        8, 2, 16, 0.0, activation="gelu", batch_first=True
+    ),
+    "lstm": NOT_FOR_VMAP["lstm"],
+    "gru": NOT_FOR_VMAP["gru"],
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("vectorise", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_and_recurrent_layers_have_meta_gradients(name, vectorise, training):
+    """Against finite differences; in evaluation mode too, where torch takes short cuts."""
+    if vectorise and name in NOT_FOR_VMAP:
+        pytest.skip("vmap does not run it")
+    torch.manual_seed(0)
+    net, data = Around(TWICE[name]()).train(training), sequences()
+    assert slope_error(lambda: vmapped(net, data, vectorise).sum(), [*net.parameters()]) < 1e-8
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_attention_of_torch_is_that_of_the_formula(first_order):
+    found = []
+    for how in ("torch", "formula"):
+        torch.manual_seed(0)
+        net = Around(SelfAttention(how))
+        one = [x[0] for x in sequences()]
+        loss = meta_loss(net, SGD(0.1), 2, one, first_order=first_order)
+        found.append(gradient(loss, [*net.parameters()]))
+    assert relative(*found) < 1e-10
+
+
+def test_fast_kernels_are_used_where_nothing_is_differentiated_twice():
+    seen = []
+
+    def attend(x):
+        seen.append((sdp_kernels(), torch.backends.cudnn.enabled))
+        return F.scaled_dot_product_attention(x, x, x)
+
+    def run(**options):
+        seen.clear()
+        net = Around(nn.Sequential(Of(attend), nn.Identity()))
+        net.idle = nn.RNN(1, 1)
+        return meta_loss(
+            net, SGD(0.1), 1, [x[0] for x in sequences()], allow_unused=True, **options
+        )
+
+    usual = sdp_kernels(), torch.backends.cudnn.enabled
+    run()
+    assert seen == [((False, False, True), False), usual]  # the support set, then the queries
+    run(first_order=True)
+    assert seen == [usual, usual]
+    with torch.no_grad():
+        run()
+    assert seen == [usual, usual]
+
+
+def sdp_kernels():
+    """Whether torch may use each kernel of attention: two fused ones, and the plain one."""
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
 
 
 def test_fused_batch_norm_is_never_wrong_in_silence():

@@ -147,6 +147,56 @@ def test_what_is_faster_is_chosen(strided):
         assert len(list(made.pieces(episode))) == pieces
 
 
+class Sequences(nn.Module):
+    """Sequences `(n, 4, 3)` through a layer in the middle to three logits."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.middle, self.head = middle, nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.middle(x)
+        return self.head((x[0] if isinstance(x, tuple) else x).mean(1))
+
+
+@ALL
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda: nn.LSTM(3, 8, batch_first=True),
+        lambda: nn.GRU(3, 8, batch_first=True),
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.RReLU()),
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5)),
+        lambda: nn.Sequential(
+            nn.Linear(3, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        ),
+    ],
+    ids=["lstm", "gru", "rrelu", "dropout", "transformer"],
+)
+def test_tasks_run_one_by_one_where_vmap_cannot(kind, training, middle):
+    """Unless one says otherwise."""
+    learner = kind(Sequences(middle()), 0.1, 2).train(training)
+    x, y, q = task([0, 1, 2, 0], shape=(4, 3))
+    loss = sum(loss for loss, *_ in learner.pieces(Episode(x, y, q, torch.zeros(2, 7).long())))
+    assert gradient(loss, [*learner.parameters()]).isfinite().all()
+    assert predict(learner.eval(), Episode(x, y, q, torch.zeros(2, 7).long())).isfinite().all()
+
+
+def test_noise_in_a_network_is_told_with_what_to_do():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x))
+
+    net = nn.Sequential(OrderedDict(body=nn.Identity(), head=Noisy(5, 3)))
+    x, y, q = task([0, 1, 2])
+    with pytest.raises(
+        ValueError, match=r"^This cannot be vectorised \(it draws random .*vectorise="
+    ):
+        MAML(net)(x, y, q)
+    assert MAML(net, vectorise=False)(x, y, q).isfinite().all()
+
+
 # What each learner is
 
 
