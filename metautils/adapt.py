@@ -20,7 +20,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from metautils.nets import BatchNorm
 
 Named = dict[str, Tensor]
-Rate = float | Tensor | Mapping[str, Tensor]
+Rate = float | Tensor | Mapping[str, Tensor] | nn.ParameterDict
+Rates = Rate | Sequence[Rate] | nn.ParameterList | nn.ModuleList
+
+# Of torch's own containers none says that it is a sequence or a mapping.
+_LISTS = (Sequence, nn.ParameterList, nn.ModuleList)
+_DICTIONARIES = (Mapping, nn.ParameterDict)
 
 
 class Adapted:
@@ -99,7 +104,8 @@ class SGD:
     Args:
         lr: alpha, above 0: a number or a tensor for all parameters, or a tensor for each by name,
             of the parameter's shape or a scalar. A list holds one such rate for every step. A
-            tensor that requires a gradient is learned, and may become negative.
+            tensor that requires a gradient is learned, and may become negative; the lists and
+            dictionaries of `torch.nn` will do, and `_` for each dot of a name, as they allow none.
         momentum: in [0, 1); the velocity starts at 0, as in torch.
 
     Raises:
@@ -112,7 +118,7 @@ class SGD:
         True
     """
 
-    def __init__(self, lr: Rate | Sequence[Rate], momentum: float = 0.0) -> None:
+    def __init__(self, lr: Rates, momentum: float = 0.0) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must be at least 0 and below 1.")
         self.lr, self.momentum = _checked(lr), momentum
@@ -147,7 +153,7 @@ class Adam:
 
     def __init__(
         self,
-        lr: Rate | Sequence[Rate],
+        lr: Rates,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
@@ -443,21 +449,22 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
-def _rate(lr: Rate | Sequence[Rate], name: str, k: int) -> float | Tensor:
-    if isinstance(lr, Sequence):
+def _rate(lr: Rates, name: str, k: int) -> float | Tensor:
+    if isinstance(lr, _LISTS):
         if k >= len(lr):
             raise ValueError(f"There are rates for {len(lr)} steps, but this is step {k + 1}.")
         lr = lr[k]
-    if not isinstance(lr, Mapping):
+    if not isinstance(lr, _DICTIONARIES):
         return lr
-    if name not in lr:
-        raise ValueError(f"There is no rate for {name!r}, only for {', '.join(lr)}: add one.")
-    return lr[name]
+    for key in (name, name.replace(".", "_")):
+        if key in lr:
+            return lr[key]
+    raise ValueError(f"There is no rate for {name!r}, only for {', '.join(lr)}: add one.")
 
 
-def _checked(lr: Rate | Sequence[Rate]) -> Rate | Sequence[Rate]:
-    for step in lr if isinstance(lr, Sequence) else [lr]:
-        for rate in step.values() if isinstance(step, Mapping) else [step]:
+def _checked(lr: Rates) -> Rates:
+    for step in lr if isinstance(lr, _LISTS) else [lr]:
+        for rate in step.values() if isinstance(step, _DICTIONARIES) else [step]:
             learned = isinstance(rate, nn.Parameter) or getattr(rate, "requires_grad", False)
             if not learned and not bool((torch.as_tensor(rate, device="cpu") > 0).all()):
                 raise ValueError(f"The inner rate is {rate}; it must be above 0.")

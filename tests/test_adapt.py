@@ -1000,6 +1000,51 @@ def test_rate_must_be_above_0(make, lr):
         make(lr)
 
 
+def containers(net):
+    """The same rates in torch's containers and in plain ones: one a step, a name, or both."""
+    names = dict(net.named_parameters())
+    rates = {n: nn.Parameter(torch.tensor(0.05 + 0.01 * k)) for k, n in enumerate(names)}
+    flat_names = {name.replace(".", "_"): rate for name, rate in rates.items()}
+    few = [nn.Parameter(torch.tensor(rate)) for rate in (0.1, 0.2)]
+    return [
+        (nn.ParameterList(few), few),
+        (nn.ParameterDict(flat_names), rates),
+        (flat_names, rates),
+        ([nn.ParameterDict(flat_names)] * 2, [rates] * 2),
+        (nn.ModuleList([nn.ParameterDict(flat_names), nn.ParameterDict(flat_names)]), [rates] * 2),
+    ]
+
+
+@pytest.mark.parametrize("make", [SGD, Adam])
+@pytest.mark.parametrize("which", range(5))
+def test_rates_in_containers_of_torch(make, which):
+    net, (x, y, qx, qy) = small_mlp(), curve()
+    found = []
+    for lr in containers(net)[which]:
+        loss = meta_loss(net, make(lr), 2, (x, y, qx, qy))
+        steps = [lr] if isinstance(lr, dict | nn.ParameterDict) else [*lr]
+        leaves = []
+        for step in steps:  # torch may sort the names
+            names = sorted(step, key=lambda n: n.replace(".", "_")) if hasattr(step, "keys") else []
+            leaves += [step[name] for name in names] or [step]
+        slope = gradient(loss, leaves)
+        assert slope.all()
+        found.append((loss.detach(), slope))
+    torch.testing.assert_close(*found)
+
+
+def test_rates_in_containers_of_torch_that_do_not_fit():
+    refused(
+        r"^There are rates for 2 steps, but this is step 3",
+        steps=3,
+        optimizer=SGD(nn.ParameterList([torch.tensor(0.1), torch.tensor(0.2)])),
+    )
+    refused(
+        r"^There is no rate for 'embed\.0\.bias', only for embed_0_weight: add one",
+        optimizer=SGD(nn.ParameterDict({"embed_0_weight": torch.tensor(0.1)})),
+    )
+
+
 @pytest.mark.parametrize("make", [SGD, Adam])
 def test_learned_rate_may_be_below_0(make):
     rate = torch.tensor(-0.1, requires_grad=True)

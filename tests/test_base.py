@@ -21,6 +21,7 @@ from metautils.learners.protonet import ProtoNet
 from metautils.learners.relation_net import RelationModule, RelationNet
 from metautils.learners.reptile import Reptile
 from metautils.nets import mlp
+from metautils.train import meta_train
 
 # Classes of a task
 
@@ -148,3 +149,11 @@ def test_errors_of_predictions_of_another_shape_are_refused():
 def test_episode_of_targets_with_a_dimension_of_outputs_is_learned():
     x, y = torch.rand(2, 4, 1), torch.rand(2, 4, 1)
     assert predict(MAML(mlp()), Episode(x, y, x, y)).shape == (2, 4, 1)
+
+
+@ADAPTING
+def test_regression_in_float64_where_it_is_the_default(make, float64):
+    learner, tasks = make(), RegressionSampler(SINUSOIDS, 5, tasks=2)
+    meta_train(learner, tasks, 1, progress=False)
+    assert predict(learner, tasks.sample()).dtype == torch.float64
+    assert squared_errors(learner, tasks, 2).dtype == torch.float64

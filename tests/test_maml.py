@@ -454,6 +454,16 @@ def test_predicting_leaves_the_learner_as_it_was(kind, vectorise, transductive):
 
 
 @ALL
+@VECTORISE
+def test_predictions_in_inference_mode(kind, vectorise):
+    learner = conv(kind, 2, vectorise=vectorise).eval()
+    expected = predict(learner, images_to_learn())
+    with torch.inference_mode():
+        e = images_to_learn()
+        assert torch.equal(learner(e.support_x, e.support_y, e.query_x), expected)
+
+
+@ALL
 def test_evaluation_leaves_the_learner_as_it_was(kind):
     check_that_evaluation_leaves_no_trace(small(kind, group_norm, test_steps=3))
 

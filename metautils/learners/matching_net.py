@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from metautils.learners.base import Learner, Method, Preset, ways_of
 from metautils.nets import Conv4
-from metautils.precision import all_digits
+from metautils.precision import all_digits, single
 
 
 class MatchingNet(Learner):
@@ -49,7 +49,7 @@ class MatchingNet(Learner):
         """Log-probabilities `(tasks, Q, ways)`; classes as in `ways_of`."""
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         # (tasks, S + Q, d)
-        features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
+        features = single(self.embed(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         shots = support_x.shape[1]
         weights = self.attention(features[:, :shots], features[:, shots:])  # (tasks, Q, S)
         # Summed as logarithms, so that a weight too small for its digits is still a number.

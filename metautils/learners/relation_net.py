@@ -12,6 +12,7 @@ from metautils.errors import BadArgument
 from metautils.learners.base import Learner, Method, Preset, Problem, task_loss, ways_of
 from metautils.learners.protonet import class_sums
 from metautils.nets import Conv4
+from metautils.precision import single
 
 
 class RelationModule(nn.Module):
@@ -63,7 +64,7 @@ class RelationModule(nn.Module):
         a, b = a.unflatten(0, query.shape[:2]), b.unflatten(0, classes.shape[:2])
         pairs = a[:, :, None] + b[:, None]  # (tasks, Q, ways, channels, size, size)
         # (tasks * Q * ways, channels, size, size) to (tasks * Q * ways, 1) to (tasks, Q, ways)
-        return self.rest(pairs.flatten(0, 2)).view(pairs.shape[:3]).float()
+        return single(self.rest(pairs.flatten(0, 2)).view(pairs.shape[:3]))
 
 
 def squared_error(scores: Tensor, labels: Tensor) -> Tensor:
