@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn, mha
 from torch.func import functional_call, grad
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from metautils.nets import BatchNorm
 
 Named = dict[str, Tensor]
-Rate = float | Tensor | Mapping[str, Tensor]
+Rate = float | Tensor | Mapping[str, Tensor] | nn.ParameterDict
+Rates = Rate | Sequence[Rate] | nn.ParameterList | nn.ModuleList
+
+# Of torch's own containers none says that it is a sequence or a mapping.
+_LISTS = (Sequence, nn.ParameterList, nn.ModuleList)
+_DICTIONARIES = (Mapping, nn.ParameterDict)
 
 
 class Adapted:
@@ -95,7 +104,8 @@ class SGD:
     Args:
         lr: alpha, above 0: a number or a tensor for all parameters, or a tensor for each by name,
             of the parameter's shape or a scalar. A list holds one such rate for every step. A
-            tensor that requires a gradient is learned, and may become negative.
+            tensor that requires a gradient is learned, and may become negative; the lists and
+            dictionaries of `torch.nn` will do, and `_` for each dot of a name, as they allow none.
         momentum: in [0, 1); the velocity starts at 0, as in torch.
 
     Raises:
@@ -108,7 +118,7 @@ class SGD:
         True
     """
 
-    def __init__(self, lr: Rate | Sequence[Rate], momentum: float = 0.0) -> None:
+    def __init__(self, lr: Rates, momentum: float = 0.0) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must be at least 0 and below 1.")
         self.lr, self.momentum = _checked(lr), momentum
@@ -143,7 +153,7 @@ class Adam:
 
     def __init__(
         self,
-        lr: Rate | Sequence[Rate],
+        lr: Rates,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
@@ -187,26 +197,30 @@ def inner_steps(
         module: any module; it is left as it was, buffers included.
         loss: of the adapted module, a scalar, such as `lambda f: F.mse_loss(f(x), y)`.
         optimizer: `SGD` or `Adam` of this file, or a learned one.
-        first_order: treat the inner gradient as a constant (FOMAML), which is cheaper.
-        only: adapt only these parameters, or the parameters of these submodules (ANIL).
+        first_order: treat the inner gradient as a constant (FOMAML), which is cheaper. Otherwise
+            attention is computed by its plain kernel (`SDPBackend.MATH`) and recurrent layers
+            without cuDNN: the fused ones have no second derivative.
+        only: adapt only these parameters, or the parameters of these submodules (ANIL). Frozen
+            ones, with `requires_grad=False`, stay as they are in any case.
         clip: scale the gradient of a step down to this norm, over all adapted parameters.
         allow_unused: leave parameters that take no part in the loss as they are.
 
     Raises:
-        ValueError: if the module has no parameter to adapt, the loss is not a scalar or a
-            parameter takes no part in it, the module's parameters change between two steps, or
-            `clip` is not positive.
+        ValueError: if the module has no parameter to adapt or all are frozen, the loss is not a
+            scalar or a parameter takes no part in it, the module's parameters change between two
+            steps, or `clip` is not positive.
     """
     if clip is not None and clip <= 0:
         raise ValueError(f"clip is {clip}; a norm must be above 0.")
     theta, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     names = _names(theta, only)
+    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
     f = Adapted(module, theta, _cloned(buffers))
     while True:
         yield f
         _check_unchanged(module, theta, f.k)
         # A step starts from copies of the buffers, so what was yielded stays as it is.
-        with torch.no_grad() if first_order else nullcontext():
+        with torch.no_grad() if first_order else _twice_differentiable(recurrent):
             gradients, value, buffers = _gradient(f, loss, names, allow_unused or f.k > 0)
             gradients = gradients if clip is None else _clipped(gradients, clip)
         phi = {name: f.parameters[name] for name in names}
@@ -243,24 +257,97 @@ def over_tasks(
         vectorise: all tasks at once by `torch.vmap`, or in a loop; equal to rounding.
 
     Raises:
-        ValueError: if the module holds a layer that `vmap` refuses or gets wrong.
+        ValueError: if the module holds a layer that `vmap` refuses or gets wrong, or does what
+            `vmap` cannot, such as draw random numbers or branch on what it computes.
     """
     if not vectorise:
         rows = zip(*(map(_channels_last, batch) for batch in batches), strict=True)
         return torch.stack([task(*row) for row in rows])  # (tasks, ...)
-    for name, layer in module.named_modules():
-        _check_vmap(name, layer)
-    # In torch 2.9 and older, vmap knows no group norm of images in channels-last layout.
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.GroupNorm)]
-    hooks = [
-        norm.register_forward_pre_hook(lambda _, x: tuple(y.contiguous() for y in x))
-        for norm in norms
-    ]
-    try:
+    if obstacle := vmap_obstacle(module):
+        raise ValueError(obstacle)
+    with for_vmap(
+        module, "give vectorise=False, which runs the tasks one by one.", len(batches[0])
+    ):
         return torch.vmap(task)(*batches)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def vmap_obstacle(module: nn.Module) -> str | None:
+    """Why `vmap` refuses the module or gets it wrong, as far as its layers tell; None if not.
+
+    Example:
+        >>> vmap_obstacle(nn.Sequential(nn.Linear(3, 3), nn.Tanh())) is None
+        True
+    """
+    told = (_obstacle(name, layer) for name, layer in module.named_modules())
+    return next(filter(None, told), None)
+
+
+@contextmanager
+def for_vmap(module: nn.Module, advice: str, rows: int) -> Iterator[None]:
+    """Let `vmap` over so many rows run the module rightly, or say in one sentence why it does not.
+
+    Raises:
+        ValueError: if `vmap` cannot run what it is given; ends with the advice.
+    """
+    with ExitStack() as stack:
+        # Fused attention has no rule for vmap on a CPU, and what takes its place in evaluation mode
+        # no derivative.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        for layer in module.modules():
+            if isinstance(layer, nn.GroupNorm):
+                # In torch 2.9 and older, vmap knows none of images in channels-last layout.
+                hook = layer.register_forward_pre_hook(
+                    lambda _, x: tuple(y.contiguous() for y in x)
+                )
+                stack.callback(hook.remove)
+            elif isinstance(layer, nn.LayerNorm) and layer.weight is not None:
+                stack.callback(layer.register_forward_hook(_scaled_outside).remove)
+        try:
+            yield
+        except RuntimeError as error:
+            if not (said := _of_vmap(str(error), rows)):
+                raise
+            raise ValueError(f"This cannot be vectorised ({said}): {advice}") from error
+
+
+def _scaled_outside(layer: nn.LayerNorm, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+    # Torch's kernel is right under vmap but for its second derivative where it scales as well.
+    x = layer.weight * F.layer_norm(inputs[0], layer.normalized_shape, eps=layer.eps)
+    return x if layer.bias is None else x + layer.bias
+
+
+@contextmanager
+def _twice_differentiable(recurrent: bool) -> Iterator[None]:
+    """Kernels whose derivative has a derivative, wherever one is going to be taken."""
+    if not torch.is_grad_enabled():
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent:
+            stack.callback(setattr, cudnn, "enabled", cudnn.enabled)
+            cudnn.enabled = False
+        yield
+
+
+def _of_vmap(words: str, rows: int) -> str:
+    """What an error of torch says that comes of `vmap`; empty if it has another cause."""
+    if "randomness" in words:
+        return "it draws random numbers, which the tasks would share"
+    if ".item()" in words:
+        return "it makes a number of a tensor, or branches on one"
+    if "dynamic shape" in words:
+        return "it makes a tensor whose size depends on what is computed"
+    if "data pointer" in words:
+        return "it takes numbers out of a tensor, as .tolist() does; no inner loop allows .numpy()"
+    # In place, what the tasks share would have to become as many tensors as there are tasks.
+    shapes = re.search(r"shape \[(.*)\] doesn't match the broadcast shape \[(\d+), \1\]", words)
+    if "inplace" in words or (shapes and int(shapes[2]) == rows):
+        return "it changes a tensor in place that the tasks share"
+    of_vmap = words.startswith("vmap: ") or "atching rule not implemented" in words
+    return f"torch says: {words.splitlines()[0].rstrip('.')}" if of_vmap else ""
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -317,7 +404,16 @@ def _names(theta: Named, only: Collection[str]) -> list[str]:
     names = [n for n in theta if not wanted or any(f"{n}.".startswith(f"{w}.") for w in wanted)]
     if not names:
         raise ValueError("The module has no parameters, so there is nothing to adapt.")
-    return names
+    # What functional_call has put in place of a parameter is none, and under vmap it does not tell
+    # whether it requires a gradient.
+    frozen = {n for n, p in theta.items() if isinstance(p, nn.Parameter) and not p.requires_grad}
+    learning = [name for name in names if name not in frozen]
+    if not learning:
+        raise ValueError(
+            f"{', '.join(names)}: all that could adapt is frozen, so give some of it "
+            "requires_grad_(True), or name other parameters in only=...."
+        )
+    return learning
 
 
 def _check_unchanged(module: nn.Module, theta: Named, k: int) -> None:
@@ -355,38 +451,47 @@ def _root(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
-def _rate(lr: Rate | Sequence[Rate], name: str, k: int) -> float | Tensor:
-    if isinstance(lr, Sequence):
+def _rate(lr: Rates, name: str, k: int) -> float | Tensor:
+    if isinstance(lr, _LISTS):
         if k >= len(lr):
             raise ValueError(f"There are rates for {len(lr)} steps, but this is step {k + 1}.")
         lr = lr[k]
-    if not isinstance(lr, Mapping):
+    if not isinstance(lr, _DICTIONARIES):
         return lr
-    if name not in lr:
-        raise ValueError(f"There is no rate for {name!r}, only for {', '.join(lr)}: add one.")
-    return lr[name]
+    for key in (name, name.replace(".", "_")):
+        if key in lr:
+            return lr[key]
+    raise ValueError(f"There is no rate for {name!r}, only for {', '.join(lr)}: add one.")
 
 
-def _checked(lr: Rate | Sequence[Rate]) -> Rate | Sequence[Rate]:
-    for step in lr if isinstance(lr, Sequence) else [lr]:
-        for rate in step.values() if isinstance(step, Mapping) else [step]:
+def _checked(lr: Rates) -> Rates:
+    for step in lr if isinstance(lr, _LISTS) else [lr]:
+        for rate in step.values() if isinstance(step, _DICTIONARIES) else [step]:
             learned = isinstance(rate, nn.Parameter) or getattr(rate, "requires_grad", False)
             if not learned and not bool((torch.as_tensor(rate, device="cpu") > 0).all()):
                 raise ValueError(f"The inner rate is {rate}; it must be above 0.")
     return lr
 
 
-def _check_vmap(name: str, layer: nn.Module) -> None:
+def _obstacle(name: str, layer: nn.Module) -> str | None:
     where = f"{name or 'The module'} ({type(layer).__name__})"
     if isinstance(layer, _DropoutNd) and layer.p > 0 and layer.training:
-        raise ValueError(
+        return (
             f"{where} draws random numbers, which vectorised tasks would share: put it into "
             "evaluation mode, or give vectorise=False."
         )
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.RReLU):
+        return f"{where} cannot be vectorised, as vmap runs no such layer: give vectorise=False."
+    if isinstance(layer, nn.LayerNorm) and type(layer).forward is not nn.LayerNorm.forward:
+        return (
+            f"{where} cannot be vectorised: the second derivative of torch's layer normalisation "
+            "is wrong under vmap. Use torch.nn.LayerNorm itself, or vectorise=False."
+        )
     fused = isinstance(layer, BatchNorm) and layer.fused
     if fused or (isinstance(layer, _NormBase) and (layer.training or layer.running_mean is None)):
-        raise ValueError(
+        return (
             f"{where} cannot be vectorised: it writes running statistics, or its second "
             "derivative under vmap is wrong. Use metautils.nets.BatchNorm, not fused, or "
             "vectorise=False."
         )
+    return None

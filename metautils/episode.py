@@ -47,6 +47,11 @@ class Episode:
         for part in ("support", "query"):
             x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
             targets = y.is_floating_point() and y.dim() == 3 and self.classes is None
+            if y.is_floating_point() and y.shape == x.shape[:2] and self.classes is None:
+                raise ValueError(
+                    f"{part}_y has shape {tuple(y.shape)} and holds float targets, whose shape is "
+                    f"(tasks, inputs, outputs): for a single output give {part}_y.unsqueeze(-1)."
+                )
             if y.shape[: 2 if targets else None] != x.shape[:2]:
                 raise ValueError(
                     f"{part}_y has shape {tuple(y.shape)} but {part}_x starts with "
@@ -55,6 +60,11 @@ class Episode:
                 )
             if y.dtype != torch.int64 and not targets:
                 raise ValueError(f"{part}_y is {y.dtype}; labels must be torch.int64.")
+        if self.support_y.shape[2:] != self.query_y.shape[2:]:
+            raise ValueError(
+                f"support_y has shape {tuple(self.support_y.shape)} but query_y "
+                f"{tuple(self.query_y.shape)}: both must hold labels, or as many outputs."
+            )
         if self.support_x.shape[2:] != self.query_x.shape[2:]:
             raise ValueError(
                 f"support images have shape {tuple(self.support_x.shape[2:])} but query images "

@@ -12,7 +12,7 @@ from torch import Tensor
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.data.regression import RegressionSampler
 from metautils.errors import BadArgument
-from metautils.learners.base import Learner
+from metautils.learners.base import Learner, check_targets
 from metautils.precision import fast_autocast
 from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
@@ -103,9 +103,17 @@ def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) 
     """Mean squared error in each of the next `episodes` tasks of `sampler`, `(episodes,)`.
 
     The learner is put into evaluation mode for the while.
+
+    Raises:
+        ValueError: if predictions are not of the targets' shape.
     """
-    # (tasks, Q, outputs) to (tasks, Q * outputs) to (tasks,)
-    return _per_task(learner, sampler, episodes, lambda p, y: (p - y).square().flatten(1).mean(1))
+
+    def score(predictions: Tensor, targets: Tensor) -> Tensor:
+        check_targets(predictions, targets)
+        # (tasks, Q, outputs) to (tasks, Q * outputs) to (tasks,)
+        return (predictions - targets).square().flatten(1).mean(1)
+
+    return _per_task(learner, sampler, episodes, score)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -121,6 +121,22 @@ def _block(
     # work, which makes a training step a fifth faster on a CPU.
     pool = [nn.MaxPool2d(2)] if halve == "pool" else []
     return nn.Sequential(*layers, *pool, nn.ReLU())
+
+
+@torch.no_grad()
+def features_of(embed: nn.Module, image: Sequence[int]) -> int:
+    """How many numbers a body gives for an image of this shape, `(channels, height, width)`.
+
+    Tried out in evaluation mode, so that neither running statistics nor random numbers move.
+
+    Example:
+        >>> features_of(Conv4(width=32), (1, 84, 84))
+        800
+    """
+    was_training = embed.training
+    features = embed.eval()(torch.zeros(1, *image)).shape[1]
+    embed.train(was_training)
+    return features
 
 
 def classifier(embed: nn.Module, features: int, ways: int) -> nn.Sequential:

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def half(device: torch.device, fp16: bool = False) -> torch.dtype | None:
@@ -44,6 +45,16 @@ def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
     It does nothing where that does not compute in float16.
     """
     return torch.amp.GradScaler(device.type, enabled=half(device, fp16=True) == torch.float16)
+
+
+def single(x: Tensor) -> Tensor:
+    """Half precision as float32, where digits count from here on; anything else as it is.
+
+    Example:
+        >>> single(torch.ones(2, dtype=torch.bfloat16)).dtype, single(torch.ones(2).double()).dtype
+        (torch.float32, torch.float64)
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager
@@ -102,6 +113,23 @@ def on_cpu() -> AbstractContextManager:
     # Nearly always the CPU is the default, and then torch is quicker without being told.
     default = torch.get_default_device().type == "cpu"
     return nullcontext() if default else torch.device("cpu")
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """New numbers are float32, whatever torch's default is: a seed draws the same ones everywhere.
+
+    Example:
+        >>> with in_float32():
+        ...     print(torch.rand(2).dtype)
+        torch.float32
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @cache

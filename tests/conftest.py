@@ -81,6 +81,17 @@ def two_cases(tmp_path: Path) -> None:
     (tmp_path / "case").rmdir()
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New tensors are float64 where nothing else is said."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="module")
 def real_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of real data sets, named to all tests of a module, with a cache of their own."""
@@ -114,12 +125,10 @@ def short_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from metautils import cli, data, runs
     from metautils.learners import baseline, maml, matching_net, meta_lstm, protonet, relation_net
     from metautils.learners.relation_net import RelationModule
-    from metautils.nets import Conv4, classifier
+    from metautils.nets import Conv4
 
     for module in (baseline, maml, matching_net, meta_lstm, protonet, relation_net):
         monkeypatch.setattr(module, "Conv4", lambda *a, **k: Conv4(*a, **(k | {"width": 4})))
-    for module in (maml, meta_lstm):
-        monkeypatch.setattr(module, "classifier", lambda body, _, ways: classifier(body, 4, ways))
     monkeypatch.setattr(relation_net, "RelationModule", partial(RelationModule, 4))
     monkeypatch.setattr(metautils.evaluate, "IMAGES_AT_ONCE", 100)
     monkeypatch.setattr(cli.runs, "train", partial(runs.train, validation_episodes=4))

@@ -2,13 +2,16 @@
 
 import copy
 import warnings
+from functools import partial
 from itertools import islice, pairwise
 
 import pytest
 import torch
 from helpers import elsewhere, flat, gradient, images_to_learn, relative, slope_error
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
 from metautils.learners.learned_optimizer import LSTMOptimizer
@@ -388,6 +391,134 @@ def test_shared_parameters_move_together():
     )
 
 
+# Frozen parameters
+
+
+FROZEN = pytest.mark.parametrize(
+    "frozen", [("embed.0",), ("head",), ("embed.0.weight", "head.bias"), ("embed",)], ids=str
+)
+
+
+def freeze(net, names):
+    """Parameters of these names or below them no longer learn; the names of all of them."""
+    found = {
+        n: p for n, p in net.named_parameters() if f"{n}.".startswith(tuple(f"{x}." for x in names))
+    }
+    for p in found.values():
+        p.requires_grad_(False)
+    return set(found)
+
+
+@EACH
+@FROZEN
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("vectorise", [True, False])
+def test_frozen_parameters_stay_in_the_inner_loop(kind, frozen, first_order, vectorise):
+    """As an inner loop written out has it, and torch's optimisers, which pass them over."""
+    net, curves = small_mlp(), [torch.stack(x) for x in zip(*map(curve, range(3)), strict=True)]
+    kept, theta = freeze(net, frozen), dict(net.named_parameters())
+    ends = []
+    for x, y in zip(*curves[:2], strict=True):
+        theirs, (_, optimizer, options) = copy.deepcopy(net), OPTIMIZERS[kind]
+        optimizer = optimizer([p for p in theirs.parameters() if p.requires_grad], **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            fit(x, y)(theirs).backward()
+            optimizer.step()
+        ends.append(flat(theirs.parameters()))
+
+    def task(x, y, *_):
+        f = adapt(net, fit(x, y), ours(kind), 3, first_order=first_order)
+        assert all(f.parameters[name] is theta[name] for name in kept)
+        return torch.cat([p.flatten() for p in f.parameters.values()])
+
+    found = over_tasks(task, net, *curves, vectorise=vectorise)
+    assert relative(found.detach(), torch.stack(ends)) < 1e-12
+
+
+@FROZEN
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("vectorise", [True, False])
+def test_frozen_parameters_get_no_meta_gradient(frozen, first_order, vectorise):
+    """And the others the one of an inner loop written by hand."""
+    net, data = small_mlp(), [x[None] for x in curve()]
+    kept, theta = freeze(net, frozen), dict(net.named_parameters())
+    options = {"first_order": first_order}
+    over_tasks(
+        lambda *one: meta_loss(net, SGD(0.1), 3, one, **options), net, *data, vectorise=vectorise
+    ).sum().backward()
+    assert {name for name, p in theta.items() if p.grad is None} == kept
+    x, y, qx, qy = curve()
+    phi, learning = dict(theta), [name for name in theta if name not in kept]
+    for _ in range(3):
+        loss = fit(x, y)(partial(functional_call, net, phi))
+        slopes = torch.autograd.grad(
+            loss, [phi[name] for name in learning], create_graph=not first_order
+        )
+        phi |= {n: phi[n] - 0.1 * g for n, g in zip(learning, slopes, strict=True)}
+    expected = gradient(
+        fit(qx, qy)(partial(functional_call, net, phi)), [*map(theta.get, learning)]
+    )
+    assert relative(flat([theta[name].grad for name in learning]), expected) < 1e-12
+
+
+def test_only_chooses_among_what_is_not_frozen():
+    net, (x, y, *_) = small_mlp(), curve()
+    freeze(net, ["head.bias", "embed.0"])
+    f = adapt(net, fit(x, y), SGD(0.1), only=["head", "embed.0"])
+    moved = {n for n, p in net.named_parameters() if not torch.equal(p, f.parameters[n])}
+    assert moved == {"head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("frozen", "only", "told"),
+    [
+        (["head", "embed"], (), r"embed\.0\.weight, .*, head\.bias"),
+        (["head"], "head", r"head\.weight, head\.bias"),
+    ],
+)
+def test_nothing_left_to_adapt(frozen, only, told):
+    net = small_mlp()
+    freeze(net, frozen)
+    refused(rf"^{told}: all that could adapt is frozen, so give .*only=", net=net, only=only)
+
+
+def test_frozen_parameters_take_no_part_in_the_norm_of_a_clip():
+    net, (x, y, *_) = small_mlp(), curve()
+    kept, theta = freeze(net, ["embed.0"]), dict(net.named_parameters())
+    f = adapt(net, fit(x, y), SGD(1.0), clip=1e-3)
+    moved = flat([p - theta[name] for name, p in f.parameters.items() if name not in kept])
+    torch.testing.assert_close(moved.norm(), torch.tensor(1e-3, dtype=torch.float64))
+
+
+def test_shared_parameters_are_frozen_by_one_name():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    net[2].weight = net[0].weight
+    net[2].weight.requires_grad_(False)
+    x = torch.rand(4, 3, dtype=torch.float64)
+    f = adapt(net, fit(x, x), SGD(0.1))
+    assert f.parameters["0.weight"] is net[0].weight
+    assert not torch.equal(f.parameters["2.bias"], net[2].bias)
+
+
+def test_tensors_in_the_place_of_parameters_adapt_in_any_case():
+    """As where the module is run by functional_call with tensors of no gradient of their own."""
+    net, (x, y, *_) = small_mlp(), curve()
+    expected = adapt(net, fit(x, y), SGD(0.1)).parameters
+    given = {name: p.detach() for name, p in net.named_parameters()}
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, y):
+            return adapt(self.net, fit(x, y), SGD(0.1)).parameters
+
+    found = functional_call(Outer(), {f"net.{name}": p for name, p in given.items()}, (x, y))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # Buffers
 
 
@@ -508,7 +639,12 @@ NETS = {
     "strided": lambda: classifier(Conv4(width=4, strided=True, norm=BatchNorm), 4, 3),
     "group norm": lambda: classifier(Conv4(width=4, norm=lambda c: nn.GroupNorm(2, c)), 4, 3),
     "mlp": lambda: mlp(width=8),
-}
+    "layer norm": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.LayerNorm([14, 14]), nn.Tanh(), nn.Flatten(),
+        nn.LayerNorm(392), nn.Linear(392, 3, bias=False), nn.LayerNorm(3, bias=False),
+        nn.LayerNorm(3, elementwise_affine=False),
+    ),
+}  # fmt: skip
 
 
 @EACH
@@ -588,6 +724,245 @@ def test_batch_norm_without_statistics_is_refused_at_rest_too():
         over_tasks(lambda *d: meta_loss(net, SGD(0.1), 1, d), net, *images(), vectorise=True)
 
 
+class Around(nn.Module):
+    """Sequences `(n, 4, 3)` through a layer in the middle to three logits."""
+
+    def __init__(self, middle, width=8):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3, width), middle, nn.Linear(width, 3)
+        self.double()
+
+    def forward(self, x):
+        x = self.middle(self.first(x))
+        return self.last((x[0] if isinstance(x, tuple) else x).mean(1))
+
+
+def sequences(tasks=2):
+    """Tasks of sequences: support_x, support_y, query_x, query_y."""
+    g = torch.Generator().manual_seed(0)
+    x, qx = (torch.randn(tasks, 6, 4, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    y = torch.arange(6).remainder(3).expand(tasks, 6)
+    return x, y, qx, y
+
+
+def vmapped(net, data, vectorise=True):
+    """Meta-losses of all tasks after two steps."""
+    return over_tasks(
+        lambda *one: meta_loss(net, SGD(0.1), 2, one), net, *data, vectorise=vectorise
+    )
+
+
+class Cells(nn.Module):
+    """A recurrent layer of one step at a time."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        h = None
+        for each in x.unbind(1):
+            h = self.cell(each, h)
+        return (h[0] if isinstance(h, tuple) else h)[:, None]
+
+
+NOT_FOR_VMAP = {
+    "lstm": lambda: nn.LSTM(8, 8, batch_first=True),
+    "gru": lambda: nn.GRU(8, 8, batch_first=True),
+    "rnn": lambda: nn.RNN(8, 8, batch_first=True),
+    "lstm cell": lambda: Cells(nn.LSTMCell(8, 8)),
+    "gru cell": lambda: Cells(nn.GRUCell(8, 8)),
+    "rnn cell": lambda: Cells(nn.RNNCell(8, 8)),
+    "rrelu": nn.RReLU,
+}
+
+
+@pytest.mark.parametrize("make", NOT_FOR_VMAP.values(), ids=NOT_FOR_VMAP)
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_vmap_does_not_run_are_told(make, training):
+    torch.manual_seed(0)
+    net = Around(make()).train(training)
+    with pytest.raises(
+        ValueError, match=r"^middle.*\) cannot be vectorised, as .*vectorise=False\.$"
+    ):
+        vmapped(net, sequences())
+    assert vmapped(net, sequences(), vectorise=False).isfinite().all()
+
+
+class Of(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def filled(x):
+    """Into a tensor that was made without regard to what there is of each task."""
+    new = torch.zeros(x.shape, dtype=x.dtype)
+    new += x
+    return new
+
+
+RANDOM, BRANCH = "it draws random numbers", "it makes a number of a tensor, or branches on one"
+DYNAMIC = "it makes a tensor whose size depends on what is computed"
+WHAT_VMAP_CANNOT = {
+    "functional dropout": (F.dropout, RANDOM),
+    "noise like it": (lambda x: x + torch.randn_like(x), RANDOM),
+    "noise of a shape": (lambda x: x + torch.randn(8), RANDOM),
+    "noise in place": (lambda x: x + torch.empty(8).normal_(), RANDOM),
+    "gumbel": (F.gumbel_softmax, RANDOM),
+    "mask": (lambda x: x * torch.bernoulli(torch.full((8,), 0.5)), RANDOM),
+    "order": (lambda x: x[..., torch.randperm(8)], RANDOM),
+    "branch": (lambda x: x if x.sum() > 0 else 2 * x, BRANCH),
+    "number": (lambda x: x * float(x.detach().mean()), BRANCH),
+    "item": (lambda x: x * x.detach().mean().item(), BRANCH),
+    "list": (lambda x: x * x.mean().detach().tolist(), "it takes numbers out of a tensor"),
+    "rows": (lambda x: x[:, (x.sum((0, 2)) > -1e3).nonzero().flatten()], DYNAMIC),
+    "boolean mask": (lambda x: x + x[x > 0].sum(), DYNAMIC),
+    "in place": (filled, "it changes a tensor in place that the tasks share"),
+}
+
+
+@pytest.mark.parametrize(("function", "told"), WHAT_VMAP_CANNOT.values(), ids=WHAT_VMAP_CANNOT)
+def test_what_vmap_cannot_run_is_told(function, told):
+    torch.manual_seed(0)
+    net = Around(Of(function))
+    sentence = rf"^This cannot be vectorised \({told}.*\): give vectorise=False, .*\.$"
+    with pytest.raises(ValueError, match=sentence) as caught:
+        vmapped(net, sequences())
+    assert "\n" not in str(caught.value)
+    assert vmapped(net, sequences(), vectorise=False).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, parametrizations.spectral_norm])
+def test_spectral_norm_is_vectorised_at_rest_alone(norm):
+    torch.manual_seed(0)
+    net = Around(norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match=r"^This cannot be vectorised \(.* give vectorise=False"):
+        vmapped(net, sequences())
+    assert vmapped(net, sequences(), vectorise=False).isfinite().all()
+    found = [vmapped(net.eval(), sequences(), vectorise) for vectorise in (True, False)]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda x: x @ torch.ones(5, 5, dtype=x.dtype), "shapes cannot be multiplied"),
+        (lambda x: torch.zeros(3).add_(x.new_ones(7, 3)), "broadcast shape"),
+        (lambda x: x.view(5), "invalid for input of size"),
+    ],
+)
+def test_other_errors_under_vmap_keep_their_words(wrong, words):
+    with pytest.raises(RuntimeError, match=words):
+        vmapped(Around(Of(wrong)), sequences())
+
+
+class ChannelsNorm(nn.LayerNorm):
+    """Over another dimension than the last."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_layer_norm_of_another_kind_is_told():
+    """Torch's own is put right; what another class makes of it cannot be known."""
+    net = Around(ChannelsNorm(4))
+    with pytest.raises(
+        ValueError, match=r"^middle \(ChannelsNorm\) cannot be vec.*vectorise=False"
+    ):
+        vmapped(net, sequences())
+    assert vmapped(net, sequences(), vectorise=False).isfinite().all()
+
+
+# Layers whose fast kernels have no second derivative
+
+
+class SelfAttention(nn.Module):
+    """Attention of torch, of its layer for several heads, or by the formula."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.heads = how, nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        if self.how == "heads":
+            return self.heads(x, x, x, need_weights=False)[0]
+        if self.how == "torch":
+            return F.scaled_dot_product_attention(x, x, x) + 0 * self.heads(x, x, x)[0]
+        return (x @ x.mT / 8**0.5).softmax(-1) @ x + 0 * self.heads(x, x, x)[0]
+
+
+TWICE = {
+    "attention": lambda: SelfAttention("torch"),
+    "heads": lambda: SelfAttention("heads"),
+    "transformer": lambda: nn.TransformerEncoderLayer(
+        8, 2, 16, 0.0, activation="gelu", batch_first=True
+    ),
+    "lstm": NOT_FOR_VMAP["lstm"],
+    "gru": NOT_FOR_VMAP["gru"],
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("vectorise", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_and_recurrent_layers_have_meta_gradients(name, vectorise, training):
+    """Against finite differences; in evaluation mode too, where torch takes short cuts."""
+    if vectorise and name in NOT_FOR_VMAP:
+        pytest.skip("vmap does not run it")
+    torch.manual_seed(0)
+    net, data = Around(TWICE[name]()).train(training), sequences()
+    assert slope_error(lambda: vmapped(net, data, vectorise).sum(), [*net.parameters()]) < 1e-8
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_attention_of_torch_is_that_of_the_formula(first_order):
+    found = []
+    for how in ("torch", "formula"):
+        torch.manual_seed(0)
+        net = Around(SelfAttention(how))
+        one = [x[0] for x in sequences()]
+        loss = meta_loss(net, SGD(0.1), 2, one, first_order=first_order)
+        found.append(gradient(loss, [*net.parameters()]))
+    assert relative(*found) < 1e-10
+
+
+def test_fast_kernels_are_used_where_nothing_is_differentiated_twice():
+    seen = []
+
+    def attend(x):
+        seen.append((sdp_kernels(), torch.backends.cudnn.enabled))
+        return F.scaled_dot_product_attention(x, x, x)
+
+    def run(**options):
+        seen.clear()
+        net = Around(nn.Sequential(Of(attend), nn.Identity()))
+        net.idle = nn.RNN(1, 1)
+        return meta_loss(
+            net, SGD(0.1), 1, [x[0] for x in sequences()], allow_unused=True, **options
+        )
+
+    usual = sdp_kernels(), torch.backends.cudnn.enabled
+    run()
+    assert seen == [((False, False, True), False), usual]  # the support set, then the queries
+    run(first_order=True)
+    assert seen == [usual, usual]
+    with torch.no_grad():
+        run()
+    assert seen == [usual, usual]
+
+
+def sdp_kernels():
+    """Whether torch may use each kernel of attention: two fused ones, and the plain one."""
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+
+
 def test_fused_batch_norm_is_never_wrong_in_silence():
     """As a learner in a loop leaves it: refused under vmap, or as exact as the loop."""
     net, data = conv_net(), images()
@@ -623,6 +998,51 @@ def test_fused_batch_norm_is_never_wrong_in_silence():
 def test_rate_must_be_above_0(make, lr):
     with pytest.raises(ValueError, match=r"^The inner rate is .*; it must be above 0\.$"):
         make(lr)
+
+
+def containers(net):
+    """The same rates in torch's containers and in plain ones: one a step, a name, or both."""
+    names = dict(net.named_parameters())
+    rates = {n: nn.Parameter(torch.tensor(0.05 + 0.01 * k)) for k, n in enumerate(names)}
+    flat_names = {name.replace(".", "_"): rate for name, rate in rates.items()}
+    few = [nn.Parameter(torch.tensor(rate)) for rate in (0.1, 0.2)]
+    return [
+        (nn.ParameterList(few), few),
+        (nn.ParameterDict(flat_names), rates),
+        (flat_names, rates),
+        ([nn.ParameterDict(flat_names)] * 2, [rates] * 2),
+        (nn.ModuleList([nn.ParameterDict(flat_names), nn.ParameterDict(flat_names)]), [rates] * 2),
+    ]
+
+
+@pytest.mark.parametrize("make", [SGD, Adam])
+@pytest.mark.parametrize("which", range(5))
+def test_rates_in_containers_of_torch(make, which):
+    net, (x, y, qx, qy) = small_mlp(), curve()
+    found = []
+    for lr in containers(net)[which]:
+        loss = meta_loss(net, make(lr), 2, (x, y, qx, qy))
+        steps = [lr] if isinstance(lr, dict | nn.ParameterDict) else [*lr]
+        leaves = []
+        for step in steps:  # torch may sort the names
+            names = sorted(step, key=lambda n: n.replace(".", "_")) if hasattr(step, "keys") else []
+            leaves += [step[name] for name in names] or [step]
+        slope = gradient(loss, leaves)
+        assert slope.all()
+        found.append((loss.detach(), slope))
+    torch.testing.assert_close(*found)
+
+
+def test_rates_in_containers_of_torch_that_do_not_fit():
+    refused(
+        r"^There are rates for 2 steps, but this is step 3",
+        steps=3,
+        optimizer=SGD(nn.ParameterList([torch.tensor(0.1), torch.tensor(0.2)])),
+    )
+    refused(
+        r"^There is no rate for 'embed\.0\.bias', only for embed_0_weight: add one",
+        optimizer=SGD(nn.ParameterDict({"embed_0_weight": torch.tensor(0.1)})),
+    )
 
 
 @pytest.mark.parametrize("make", [SGD, Adam])

@@ -291,3 +291,10 @@ def test_fault_of_ours_is_not_taken_for_a_damaged_cache(empty_cache, monkeypatch
     monkeypatch.setattr(bank_module, "load_safely", broken)
     with pytest.raises(fault, match="a fault"):
         cached("squares", square)
+
+
+def test_images_are_of_the_default_dtype(float64):
+    found = as_float(torch.tensor([0, 51, 255], dtype=torch.uint8))
+    assert torch.equal(found, torch.tensor([0.0, 51 / 255, 1.0]))  # to all digits of float64
+    kept = torch.rand(3, dtype=torch.float32)
+    assert as_float(kept) is kept

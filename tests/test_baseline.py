@@ -164,6 +164,20 @@ def test_fitting_needs_no_gradients_and_leaves_none(fit):
 
 
 @FITS
+@pytest.mark.parametrize("inside", [True, False], ids=["drawn inside", "drawn before"])
+def test_fitting_in_inference_mode_gives_the_same_answers(fit, inside):
+    """Whose tensors can have no gradient; `fit` by itself, and behind a body."""
+    torch.manual_seed(0)
+    body = nn.Linear(5, 4)
+    expected = fit(*task(RAGGED)), Baseline(body, nn.Identity(), fit)(*task(RAGGED))
+    before = task(RAGGED)
+    with torch.inference_mode():
+        e = task(RAGGED) if inside else before
+        outputs = fit(*e), Baseline(body, nn.Identity(), fit)(*e)
+    assert all(map(torch.equal, outputs, expected))
+
+
+@FITS
 def test_heads_are_fitted_in_single_precision_under_autocast(fit):
     """Half precision has three digits, too few to fit a head with."""
     learner, e = Baseline(nn.Identity(), nn.Identity(), fit), task(RAGGED)

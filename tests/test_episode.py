@@ -35,6 +35,18 @@ def test_sound_episode_tells_its_sizes():
             {"query_y": torch.zeros(6, dtype=torch.int64)},
             r"query_y has shape \(6,\) but query_x starts with \(2, 6\): give one label per input",
         ),
+        (
+            {"support_y": torch.zeros(2, 3), "query_y": torch.zeros(2, 6), "classes": None},
+            r"^support_y has shape \(2, 3\) and holds float targets, .*give support_y\.unsqueeze",
+        ),
+        (
+            {"support_y": torch.zeros(2, 3, 1), "query_y": torch.zeros(2, 6), "classes": None},
+            r"^query_y has shape \(2, 6\) and holds float targets, .*give query_y\.unsqueeze\(-1\)",
+        ),
+        (
+            {"support_y": torch.zeros(2, 3, 1), "query_y": torch.zeros(2, 6, 2), "classes": None},
+            r"^support_y has shape \(2, 3, 1\) but query_y \(2, 6, 2\): both must hold .* outputs",
+        ),
         ({"support_y": torch.zeros(2, 3)}, r"support_y is torch.float32; labels must be torch.int"),
         (
             {"query_y": torch.zeros(2, 6, dtype=torch.int32)},

@@ -185,3 +185,11 @@ def test_default_device_plays_no_part(empty_cache):
     for here, there in zip(make(), elsewhere(make), strict=True):
         assert here.digest == there.digest
         assert torch.equal(here.attributes, there.attributes)
+
+
+def test_same_glyphs_whatever_the_default_dtype_is(float64):
+    found = glyphs.generate(alphabets=1, characters=4, drawings=3)
+    torch.set_default_dtype(torch.float32)
+    expected = glyphs.generate(alphabets=1, characters=4, drawings=3)
+    assert found.digest == expected.digest
+    assert torch.equal(found.attributes, expected.attributes)

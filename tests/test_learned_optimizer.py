@@ -888,3 +888,49 @@ def test_default_device_plays_no_part():
         return FromScratch(net, optimizer, steps=3, batch=2).losses(x, y)
 
     assert torch.equal(make(), elsewhere(make))
+
+
+class Last(nn.Module):
+    """What a recurrent layer says at the end of sequences `(n, 4, 2)`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.head(self.layer(x)[0][:, -1])
+
+
+def test_networks_that_vmap_does_not_run_are_trained_one_by_one():
+    torch.manual_seed(0)
+    nets = [Last() for _ in range(3)]
+    x = torch.randn(3, 5, 4, 2)
+    found = Copies(nets)(x)
+    torch.testing.assert_close(found, torch.stack([*map(Last.__call__, nets, x)]))
+    learner = FromScratch(Last, LSTMOptimizer(), steps=2)
+    assert learner(x, torch.randn(3, 5, 1), x).shape == (3, 5, 1)
+
+
+def test_noise_in_networks_is_told():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x))
+
+    told = r"^This cannot be vectorised \(it draws random .*\): all networks .* them without it\.$"
+    with pytest.raises(ValueError, match=told):
+        Copies([Noisy(2, 1) for _ in range(3)])(torch.rand(3, 5, 2))
+
+
+def test_frozen_parameters_of_every_network_stay():
+    """But the optimiser trains the others."""
+
+    def make():
+        net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        net[0].requires_grad_(False)
+        return net
+
+    learner = FromScratch(make, LSTMOptimizer(), steps=2)
+    path, _ = learner.train_networks(torch.rand(3, 5, 2), torch.rand(3, 5, 1))
+    first, *_, last = islice(path, 3)
+    moved = {n for n, p in first.parameters.items() if not torch.equal(p, last.parameters[n])}
+    assert moved == {"nets.2.weight", "nets.2.bias"}

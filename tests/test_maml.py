@@ -37,6 +37,7 @@ from metautils.episode import Episode
 from metautils.evaluate import episode_accuracy, evaluate, squared_errors
 from metautils.learners.anil import ANIL
 from metautils.learners.maml import FOMAML, MAML
+from metautils.learners.meta_lstm import MetaLSTM
 from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.reptile import Reptile
 from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, mlp
@@ -144,6 +145,56 @@ def test_what_is_faster_is_chosen(strided):
         (MAML(mlp(), vectorise=False), points, 3),
     ):
         assert len(list(made.pieces(episode))) == pieces
+
+
+class Sequences(nn.Module):
+    """Sequences `(n, 4, 3)` through a layer in the middle to three logits."""
+
+    def __init__(self, middle):
+        super().__init__()
+        self.middle, self.head = middle, nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.middle(x)
+        return self.head((x[0] if isinstance(x, tuple) else x).mean(1))
+
+
+@ALL
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda: nn.LSTM(3, 8, batch_first=True),
+        lambda: nn.GRU(3, 8, batch_first=True),
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.RReLU()),
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5)),
+        lambda: nn.Sequential(
+            nn.Linear(3, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        ),
+    ],
+    ids=["lstm", "gru", "rrelu", "dropout", "transformer"],
+)
+def test_tasks_run_one_by_one_where_vmap_cannot(kind, training, middle):
+    """Unless one says otherwise."""
+    learner = kind(Sequences(middle()), 0.1, 2).train(training)
+    x, y, q = task([0, 1, 2, 0], shape=(4, 3))
+    loss = sum(loss for loss, *_ in learner.pieces(Episode(x, y, q, torch.zeros(2, 7).long())))
+    assert gradient(loss, [*learner.parameters()]).isfinite().all()
+    assert predict(learner.eval(), Episode(x, y, q, torch.zeros(2, 7).long())).isfinite().all()
+
+
+def test_noise_in_a_network_is_told_with_what_to_do():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x))
+
+    net = nn.Sequential(OrderedDict(body=nn.Identity(), head=Noisy(5, 3)))
+    x, y, q = task([0, 1, 2])
+    with pytest.raises(
+        ValueError, match=r"^This cannot be vectorised \(it draws random .*vectorise="
+    ):
+        MAML(net)(x, y, q)
+    assert MAML(net, vectorise=False)(x, y, q).isfinite().all()
 
 
 # What each learner is
@@ -274,6 +325,53 @@ def test_reptile_shows_what_it_would_predict(transductive):
         torch.testing.assert_close(found, learner._predict(f, e.support_x[k], e.query_x[k]))
 
 
+# Frozen parameters
+
+
+@pytest.mark.parametrize("kind", [*LEARNERS, MetaLSTM])
+@VECTORISE
+def test_frozen_weights_are_the_same_to_the_last_bit_after_training(kind, vectorise):
+    """Neither the inner loop nor Adam sees them, nor does the clip; all others learn."""
+    options = {} if kind is MetaLSTM else {"vectorise": vectorise}
+    learner = small(kind, nn.BatchNorm2d if kind is MetaLSTM else BatchNorm, **options)
+    learner.net.embed.requires_grad_(False)
+    learner.net.head.bias.requires_grad_(False)
+    before = weights_of(learner.net)
+    meta_train(learner, blob_tasks(tasks=2), 3, lr=0.1, progress=False, clip=1.0)
+    after = learner.net.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        "head.weight"
+    }
+    assert all(p.grad is None for p in learner.net.embed.parameters())
+
+
+@ALL
+@VECTORISE
+def test_frozen_body_leaves_an_inner_loop_of_the_head(kind, vectorise):
+    """The same as naming what adapts, with no gradient for what does not."""
+    if kind is ANIL:
+        pytest.skip("it adapts the head in any case")
+    e, found = images_to_learn(), []
+    for options in ({"only": ["head"]}, {}):
+        learner = conv(kind, 3, vectorise=vectorise, **options)
+        if not options:
+            learner.net.embed.requires_grad_(False)
+        loss, predictions = learner.meta_loss(e)
+        found.append((predictions, gradient(loss, list(learner.net.head.parameters()))))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    learner.meta_loss(e)[0].backward()
+    assert all(p.grad is None for p in learner.net.embed.parameters())
+
+
+def test_learner_with_nothing_left_to_adapt():
+    learner, e = conv(ANIL), images_to_learn()
+    learner.net.head.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"^head\.weight, head\.bias: all that could adapt is froz"
+    ):
+        learner(e.support_x, e.support_y, e.query_x)
+
+
 # Transduction
 
 
@@ -353,6 +451,16 @@ def test_predicting_leaves_the_learner_as_it_was(kind, vectorise, transductive):
     torch.testing.assert_close(quiet, loud.detach(), rtol=1e-12, atol=1e-12)
     learner.meta_loss(e)[0].backward()
     assert same_weights(weights_of(learner), before)
+
+
+@ALL
+@VECTORISE
+def test_predictions_in_inference_mode(kind, vectorise):
+    learner = conv(kind, 2, vectorise=vectorise).eval()
+    expected = predict(learner, images_to_learn())
+    with torch.inference_mode():
+        e = images_to_learn()
+        assert torch.equal(learner(e.support_x, e.support_y, e.query_x), expected)
 
 
 @ALL

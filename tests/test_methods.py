@@ -6,10 +6,14 @@ import sys
 
 import pytest
 import torch
-from helpers import OWN_METHOD, own_method, told_in_one_line, train
+from helpers import OWN_METHOD, blobs, own_method, tiny_body, told_in_one_line, train
 
-from metautils import methods
+from metautils import methods, pretrained
+from metautils.episode import Episode
+from metautils.evaluate import evaluate
 from metautils.learners.base import Problem
+from metautils.sampling import EpisodeSampler
+from metautils.train import meta_train
 
 
 @pytest.mark.parametrize(
@@ -38,6 +42,41 @@ def test_presets_are_sound(method, name):
     predictions = learner.eval()(x, y, torch.rand(1, 2, 1, 28, 28))
     assert predictions.shape == (1, 2, preset.ways)
     assert predictions.isfinite().all()
+
+
+@pytest.mark.parametrize("method", methods.known())
+@pytest.mark.parametrize("size", [28, 32, 64, 84])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_every_size_are_learned_from(monkeypatch, method, size, channels):
+    """A whole learner answers a tiny task, and each of its pieces sends gradients back."""
+    monkeypatch.setattr(pretrained, "FEATURES", 8)
+    monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
+    learner = methods.known()[method].make(Problem(torch.Size([channels, size, size]), 2, 2))
+    labels = torch.arange(2)[None]
+    support, queries = torch.rand(2, 1, 2, channels, size, size)
+    predictions = learner(support, labels, queries)
+    assert predictions.shape == (1, 2, 2)
+    for loss, *_ in learner.pieces(Episode(support, labels, queries, labels, labels)):
+        loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in learner.parameters())
+    with torch.no_grad():
+        assert learner.eval()(support, labels, queries).shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("method", methods.known())
+def test_float64_is_kept_where_it_is_the_default(monkeypatch, float64, method):
+    """From the images to the predictions, in training and evaluation."""
+    monkeypatch.setattr(pretrained, "FEATURES", 8)
+    monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
+    bank = blobs(classes=3, images=4, size=28)
+    learner = methods.known()[method].make(Problem(torch.Size([1, 28, 28]), 3, 3))
+    episodes = EpisodeSampler(bank, 3, 1, 1, tasks=2, rotate=True)
+    e = episodes.sample()
+    assert e.support_x.dtype == torch.float64
+    meta_train(learner, episodes, 1, validation=episodes, validation_episodes=2, progress=False)
+    assert learner(e.support_x, e.support_y, e.query_x).dtype == torch.float64
+    (score,) = evaluate(learner, bank, [(3, 1)], queries=1, episodes=2)
+    assert 0 <= score.accuracy <= 100
 
 
 def test_every_learners_file_is_known():

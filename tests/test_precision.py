@@ -8,7 +8,14 @@ import torch
 from helpers import convolutions_round
 
 from metautils import precision
-from metautils.precision import all_digits, fast_autocast, grad_scaler, half
+from metautils.precision import (
+    all_digits,
+    fast_autocast,
+    grad_scaler,
+    half,
+    in_float32,
+    single,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -133,3 +140,23 @@ def test_all_digits_where_a_reader_has_set_the_newer_way():
 def test_all_digits_on_a_device_without_autocast():
     with all_digits(torch.device("meta")):
         assert not convolutions_round()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_half_precision_becomes_single_and_double_stays(dtype, expected):
+    assert single(torch.ones(2, dtype=dtype)).dtype == expected
+
+
+def test_numbers_in_float32_and_the_default_back_afterwards(float64):
+    with pytest.raises(KeyError), in_float32():
+        assert torch.rand(1).dtype == torch.float32
+        raise KeyError
+    assert torch.get_default_dtype() == torch.float64

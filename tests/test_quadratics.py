@@ -101,3 +101,12 @@ def test_numbers_must_be_in_range(name, value):
 
 def test_default_device_plays_no_part():
     check_that_episodes_are_drawn_on_the_cpu(lambda: QuadraticSampler(5, tasks=3, seed=1))
+
+
+def test_same_tasks_in_the_default_dtype(float64):
+    found = QuadraticSampler(seed=1).sample()
+    torch.set_default_dtype(torch.float32)
+    expected = QuadraticSampler(seed=1).sample()
+    for a, b in zip(tensors_of(found), tensors_of(expected), strict=True):
+        assert (a.dtype, b.dtype) == (torch.float64, torch.float32)
+        torch.testing.assert_close(a, b.double(), rtol=1e-5, atol=1e-5)

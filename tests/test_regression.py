@@ -155,3 +155,13 @@ def test_episode_in_parts(at_once, sizes):
 @pytest.mark.parametrize("family", [SINUSOIDS, LINES, PLANES], ids=lambda f: f.name)
 def test_default_device_plays_no_part(family):
     check_that_episodes_are_drawn_on_the_cpu(lambda: RegressionSampler(family, 5, tasks=3, seed=1))
+
+
+def test_same_tasks_in_the_default_dtype(float64):
+    """The numbers drawn are the same; what is computed from them has the digits asked for."""
+    found = RegressionSampler(PLANES, shots=3, seed=1).sample()
+    torch.set_default_dtype(torch.float32)
+    expected = RegressionSampler(PLANES, shots=3, seed=1).sample()
+    for a, b in zip(tensors_of(found), tensors_of(expected), strict=True):
+        assert (a.dtype, b.dtype) == (torch.float64, torch.float32)
+        torch.testing.assert_close(a, b.double(), rtol=1e-5, atol=1e-5)

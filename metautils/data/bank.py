@@ -14,14 +14,16 @@ from torch import Tensor
 
 from metautils.checkpoint import digest
 from metautils.files import DataError, cache_folder, load_safely, save_atomically
-from metautils.precision import fast_autocast
+from metautils.precision import fast_autocast, single
 
 NUMBERS_AT_ONCE = 4_000_000  # of images or features: more are worked on in parts, to bound memory
 
 
 def as_float(images: Tensor) -> Tensor:
-    """uint8 images as float in [0, 1]; anything else as it is."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+    """uint8 images in [0, 1], of torch's default dtype; anything else as it is."""
+    if images.dtype != torch.uint8:
+        return images
+    return images.to(torch.get_default_dtype()).div_(255)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class ClassBank:
         batch = min(batch, max(1, NUMBERS_AT_ONCE // max(1, self.images.shape[1:].numel())))
         with fast_autocast(self.images.device):
             # (batch, ...) each
-            rows = [embed(as_float(x)).float() for x in self.images.split(batch)]
+            rows = [single(embed(as_float(x))) for x in self.images.split(batch)]
         return replace(self, images=torch.cat(rows))
 
 

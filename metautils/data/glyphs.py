@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from metautils.data.bank import ClassBank, Parts, cached
-from metautils.precision import on_cpu
+from metautils.precision import in_float32, on_cpu
 
 DABS = 20  # of ink on one move of the pen
 VERTICES = 16  # at most, in one character
@@ -354,7 +354,7 @@ def generate(
             raise ValueError(f"{name} is {value}; it must be at least 1.")
     if size < 8:
         raise ValueError(f"size is {size}; a drawing needs at least 8 pixels: ask for 28.")
-    with on_cpu():
+    with on_cpu(), in_float32():
         generator = torch.Generator().manual_seed(seed)
         # Writers have chance of their own: more drawings leave the characters as they are.
         writers = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))

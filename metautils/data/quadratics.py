@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metautils.episode import Episode
+from metautils.precision import in_float32, on_cpu
 
 
 class QuadraticSampler:
@@ -62,7 +63,7 @@ class QuadraticSampler:
         """Draw the next episode: inputs `(tasks, d, d)`, targets `(tasks, d, 1)`."""
         d = self.dimensions
         # (tasks, d, d) and (tasks, d, 1)
-        both = torch.randn(self.tasks, d, d + 1, generator=self.generator, device="cpu")
+        both = self._drawn(torch.randn, d, d + 1)
         w, y = both.split([d, 1], -1)
         # (tasks, 1, d) and (tasks, 1, 1)
         w = (w * self._factors(d) * self._factors(1)).to(self.device)
@@ -70,8 +71,12 @@ class QuadraticSampler:
         return Episode(w, y, w, y)
 
     def _factors(self, count: int) -> Tensor:
-        uniform = torch.rand(self.tasks, 1, count, generator=self.generator, device="cpu")
-        return 10 ** (self.spread * (uniform - 0.5))
+        return 10 ** (self.spread * (self._drawn(torch.rand, 1, count) - 0.5))
+
+    def _drawn(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
+        with on_cpu(), in_float32():  # the same ones everywhere
+            numbers = draw(self.tasks, *shape, generator=self.generator)
+        return numbers.to(torch.get_default_dtype())
 
     def __iter__(self) -> Iterator[Episode]:
         while True:

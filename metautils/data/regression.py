@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metautils.episode import Episode
+from metautils.precision import in_float32, on_cpu
 
 
 @dataclass(frozen=True)
@@ -106,5 +107,6 @@ class RegressionSampler:
             yield self.sample()
 
     def _uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        numbers = torch.rand(self.tasks, *shape, generator=self.generator, device="cpu")
-        return low + (high - low) * numbers
+        with on_cpu(), in_float32():  # the same ones everywhere
+            numbers = torch.rand(self.tasks, *shape, generator=self.generator)
+        return low + (high - low) * numbers.to(torch.get_default_dtype())

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
 from metautils.episode import Episode
+from metautils.errors import BadArgument
 
 
 class Learner(nn.Module):
@@ -57,10 +59,67 @@ class Learner(nn.Module):
 
 
 def task_loss(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy for int64 labels `(n,)`, mean squared error for float targets."""
+    """Mean cross-entropy for int64 labels `(n,)`, mean squared error for float targets.
+
+    Raises:
+        ValueError: if float targets are not of the predictions' shape.
+
+    Example:
+        >>> task_loss(torch.zeros(3, 1), torch.ones(3, 1))
+        tensor(1.)
+    """
     if targets.is_floating_point():
+        check_targets(predictions, targets)
         return F.mse_loss(predictions, targets)
     return F.cross_entropy(predictions, targets)
+
+
+def check_targets(predictions: Tensor, targets: Tensor) -> None:
+    """Refuse targets of another shape, which a difference would blow up to all pairs."""
+    if predictions.shape != targets.shape:
+        one = predictions.shape[-1:] == (1,) and predictions.shape[:-1] == targets.shape
+        raise BadArgument(
+            f"Predictions have the shape {tuple(predictions.shape)} but targets "
+            f"{tuple(targets.shape)}: both must be alike, "
+            + ("so give targets.unsqueeze(-1)." if one else "with a number for every output.")
+        )
+
+
+def ways_of(support_y: Tensor) -> int:
+    """How many classes the tasks have; each must be in the support set of every task.
+
+    Of a class without an image a learner that compares has nothing: its mean would be 0/0, which
+    is no number and yet wins every comparison.
+
+    Args:
+        support_y: `(tasks, S)` int64 labels from 0 on.
+
+    Raises:
+        ValueError: naming the class that a task lacks, or if a label is below 0 or no integer.
+
+    Example:
+        >>> ways_of(torch.tensor([[0, 1, 2, 2], [2, 2, 1, 0]]))
+        3
+    """
+    labels = support_y.cpu()  # all at once: each number asked of a GPU would make it wait
+    if labels.dtype != torch.int64 or labels.dim() != 2 or not labels.numel():
+        raise BadArgument(
+            f"support_y is {labels.dtype} of shape {tuple(labels.shape)}; give int64 labels of "
+            "shape (tasks, images), one image or more."
+        )
+    if int(labels.min()) < 0:
+        raise BadArgument(f"support_y holds the label {int(labels.min())}; count from 0.")
+    (tasks, shots), ways = labels.shape, int(labels.max()) + 1
+    # Whether there is an image, (tasks, ways); of more classes than images one is missing at once.
+    there = torch.zeros(tasks, min(ways, shots + 1), dtype=torch.bool, device="cpu")
+    if not there.scatter_(1, labels.clamp(max=shots), True).all():
+        task, label = (~there).nonzero()[0].tolist()
+        raise BadArgument(
+            f"Class {label} has no support image in task {task}, though labels run to {ways - 1}, "
+            f"which makes {ways} ways: give each of the classes 0 to {ways - 1} one image or more "
+            "in every task, and tasks of other ways a call of their own."
+        )
+    return ways
 
 
 @dataclass(frozen=True)

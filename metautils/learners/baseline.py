@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from metautils import pretrained
 from metautils.data.bank import ClassBank
 from metautils.episode import Episode
-from metautils.learners.base import Learner, Method, Preset, Problem
+from metautils.learners.base import Learner, Method, Preset, Problem, ways_of
 from metautils.learners.protonet import cosine, prototypes
-from metautils.nets import Conv4
-from metautils.precision import all_digits
+from metautils.nets import Conv4, features_of
+from metautils.precision import all_digits, single
 from metautils.pretrained import Prepared
 
 Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -51,13 +51,13 @@ def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
 
     Args:
         support: features `(tasks, S, d)`.
-        labels: `(tasks, S)` int64; the classes present are 0 to `labels.max()`.
+        labels: `(tasks, S)` int64; the classes are 0 to `labels.max()`, see `ways_of`.
         query: features `(tasks, Q, d)`.
 
     Returns:
         Logits `(tasks, Q, ways)`.
     """
-    return SCALE * (1 - cosine(query, prototypes(support, labels, int(labels.max()) + 1)))
+    return SCALE * (1 - cosine(query, prototypes(support, labels, ways_of(labels))))
 
 
 def linear_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ def linear_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     et al. 2020 do.
     """
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
-    ways = int(labels.max()) + 1
+    ways = ways_of(labels)
     start = support.new_zeros(len(support), ways, support.shape[-1])  # (tasks, ways, d)
-    weight = _fitted(start, labels, lambda w: SCALE * support @ w.mT)
+    weight = _fitted(start, support, labels, lambda x, w: SCALE * x @ w.mT)
     return SCALE * query @ weight.mT  # (tasks, Q, d) @ (tasks, d, ways)
 
 
@@ -80,21 +80,27 @@ def cosine_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     """
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
     # (tasks, ways, d)
-    start = F.normalize(prototypes(support, labels, int(labels.max()) + 1), dim=-1)
-    weight = _fitted(start, labels, lambda w: SCALE * support @ F.normalize(w, dim=-1).mT)
+    start = F.normalize(prototypes(support, labels, ways_of(labels)), dim=-1)
+    weight = _fitted(start, support, labels, lambda x, w: SCALE * x @ F.normalize(w, dim=-1).mT)
     return SCALE * query @ F.normalize(weight, dim=-1).mT  # (tasks, Q, d) @ (tasks, d, ways)
 
 
-def _fitted(start: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+def _fitted(
+    start: Tensor, support: Tensor, labels: Tensor, logits: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """Weights `(tasks, ways, d)` after gradient descent on each task's cross-entropy."""
-    # Evaluation runs without gradients; fitting a head is part of the prediction.
-    with torch.enable_grad():
+    # Evaluation runs without gradients, or in inference mode, whose tensors can have none; fitting
+    # a head is part of the prediction.
+    with torch.inference_mode(False), torch.enable_grad():
+        support, labels = (x.clone() if x.is_inference() else x for x in (support, labels))
         weight = start.detach().clone().requires_grad_()
         optimizer = torch.optim.SGD([weight], lr=STEP, momentum=0.9, weight_decay=DECAY)
         for _ in range(STEPS):
             # A sum over tasks: each has its own weights, so none sees another's gradient.
             # Cross-entropy wants (tasks, ways, S).
-            loss = F.cross_entropy(logits(weight).mT, labels, reduction="none").mean(1).sum()
+            loss = (
+                F.cross_entropy(logits(support, weight).mT, labels, reduction="none").mean(1).sum()
+            )
             weight.grad = torch.autograd.grad(loss, weight)[0]
             optimizer.step()
     return weight.detach()
@@ -130,14 +136,14 @@ class Baseline(Learner):
         x = torch.cat([episode.support_x, episode.query_x], dim=1).flatten(0, 1)
         labels = torch.cat([episode.support_y, episode.query_y], dim=1)  # (tasks, S + Q)
         labels = episode.classes.to(x.device).gather(1, labels).flatten()  # (tasks * (S + Q),)
-        logits = self.head(self.embed(x)).float()
+        logits = single(self.head(self.embed(x)))
         yield F.cross_entropy(logits, labels), logits, labels
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-        """Logits `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
+        """Logits `(tasks, Q, ways)`; the classes are 0 to `support_y.max()`, see `ways_of`."""
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         # (tasks, S + Q, d)
-        features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
+        features = single(self.embed(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         # (tasks, S, d) and (tasks, Q, d)
         support, query = features.split([support_x.shape[1], query_x.shape[1]], dim=1)
         with all_digits(x.device):  # fitting needs them
@@ -163,9 +169,7 @@ def _on_conv4(
 
     def make(problem: Problem) -> Baseline:
         body = Conv4(problem.image[0])
-        with torch.no_grad():
-            features = body.eval()(torch.zeros(1, *problem.image)).shape[1]
-        return Baseline(body.train(), head(features, problem.classes), fit)
+        return Baseline(body, head(features_of(body, problem.image), problem.classes), fit)
 
     return make
 

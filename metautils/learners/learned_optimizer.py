@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from metautils.adapt import Adapted, Named, Optimizer, inner_steps
+from metautils.adapt import Adapted, Named, Optimizer, for_vmap, inner_steps, vmap_obstacle
 from metautils.episode import Episode
 from metautils.errors import Diverged
 from metautils.learners.base import Learner, task_loss
@@ -219,7 +219,15 @@ class Copies(nn.Module):
         """Each network's output for its own inputs."""
         one = self._one[0]
         parameters = dict(self.nets.named_parameters())
-        return torch.vmap(lambda p, x: functional_call(one, p, (x,)))(parameters, x)
+
+        def output(p: Named, x: Tensor) -> Tensor:
+            return functional_call(one, p, (x,))
+
+        if vmap_obstacle(one):
+            rows = ({name: p[k] for name, p in parameters.items()} for k in range(len(x)))
+            return torch.stack([*map(output, rows, x)])  # (copies, n, ...)
+        with for_vmap(one, "all networks run side by side, so build them without it.", len(x)):
+            return torch.vmap(output)(parameters, x)
 
 
 def log_sign(x: Tensor, p: float = 10.0) -> Tensor:

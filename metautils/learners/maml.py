@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks
+from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks, vmap_obstacle
 from metautils.episode import Episode
 from metautils.learners.base import Learner, Method, Preset, Problem, task_loss
-from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier
+from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, features_of
 from metautils.precision import all_digits
 
 
@@ -31,7 +31,8 @@ class MAML(Learner):
         transductive: normalise the queries of a task by their own batch, as in the paper, so
             that they help one another. Otherwise by the statistics of the support set. No matter
             for a network without `BatchNorm`.
-        vectorise: all tasks at once by vmap; if None, what was measured to be faster.
+        vectorise: all tasks at once by vmap; if None, what was measured to be faster, and one by
+            one where a layer is known not to be for vmap, such as `nn.LSTM` or `nn.Dropout`.
 
     Raises:
         ValueError: if the net has no parameter, keeps running statistics, or a number is out of
@@ -151,7 +152,9 @@ class MAML(Learner):
         # Measured by benchmarks/inner_loop.py: on a CPU convolutions are quicker one task after
         # another, small dense networks all tasks at once; a GPU wants few and large operations.
         on_cpu = next(self.net.parameters()).device.type == "cpu"
-        return not (on_cpu and any(isinstance(layer, _ConvNd) for layer in self.net.modules()))
+        if on_cpu and any(isinstance(layer, _ConvNd) for layer in self.net.modules()):
+            return False
+        return vmap_obstacle(self.net) is None
 
 
 class FOMAML(MAML):
@@ -185,7 +188,7 @@ def on_strided_conv4(learner: Callable[..., MAML], **options: object) -> Callabl
 
     def make(problem: Problem) -> MAML:
         body = Conv4(problem.image[0], strided=True, norm=BatchNorm)
-        net = classifier(body, 64, problem.ways)
+        net = classifier(body, features_of(body, problem.image), problem.ways)
         return learner(net, **options, transductive=problem.transductive)
 
     return make

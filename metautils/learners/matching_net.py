@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metautils.learners.base import Learner, Method, Preset
+from metautils.learners.base import Learner, Method, Preset, ways_of
 from metautils.nets import Conv4
-from metautils.precision import all_digits
+from metautils.precision import all_digits, single
 
 
 class MatchingNet(Learner):
@@ -46,14 +46,14 @@ class MatchingNet(Learner):
             return (self.scale * cosines).log_softmax(-1)
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-        """Log-probabilities `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
+        """Log-probabilities `(tasks, Q, ways)`; classes as in `ways_of`."""
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         # (tasks, S + Q, d)
-        features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
+        features = single(self.embed(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         shots = support_x.shape[1]
         weights = self.attention(features[:, :shots], features[:, shots:])  # (tasks, Q, S)
         # Summed as logarithms, so that a weight too small for its digits is still a number.
-        ways = torch.arange(int(support_y.max()) + 1, device=x.device)
+        ways = torch.arange(ways_of(support_y), device=x.device)
         others = support_y[:, None, None] != ways[:, None]  # (tasks, 1, ways, S)
         # (tasks, Q, 1, S) to (tasks, Q, ways, S) to (tasks, Q, ways)
         return weights[:, :, None].masked_fill(others, -torch.inf).logsumexp(-1)

@@ -18,7 +18,7 @@ from metautils.learners.learned_optimizer import (
     named,
 )
 from metautils.learners.maml import MAML
-from metautils.nets import Conv4, classifier
+from metautils.nets import Conv4, classifier, features_of
 
 CLIP = 0.25  # of meta-gradients, as in the paper
 
@@ -150,7 +150,7 @@ def _made(problem: Problem) -> MetaLSTM:
     """On the paper's network of 32 filters; never transductive."""
     norm = partial(nn.BatchNorm2d, momentum=0.95)
     body = Conv4(problem.image[0], width=32, norm=norm)
-    return MetaLSTM(classifier(body, 32, problem.ways))
+    return MetaLSTM(classifier(body, features_of(body, problem.image), problem.ways))
 
 
 METHODS = {

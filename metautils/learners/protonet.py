@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metautils.data.bank import NUMBERS_AT_ONCE
-from metautils.learners.base import Learner, Method, Preset
+from metautils.learners.base import Learner, Method, Preset, ways_of
 from metautils.nets import Conv4
+from metautils.precision import single
 
 
 def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
@@ -18,7 +19,8 @@ def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
 
     Args:
         features: `(tasks, S, dimensions)`.
-        labels: `(tasks, S)` int64 in `[0, ways)`; classes may differ in their number of shots.
+        labels: `(tasks, S)` int64 in `[0, ways)`; classes may differ in their number of shots, but
+            each must have one, see `ways_of`.
         ways: number of classes.
 
     Returns:
@@ -87,13 +89,13 @@ class ProtoNet(Learner):
         self.distance = distance
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-        """Logits `(tasks, Q, ways)`; the classes present are 0 to `support_y.max()`."""
-        ways = int(support_y.max()) + 1
-        shots = support_x.shape[1]
-        # One pass for both sets, in single precision from here on: distances need the digits.
+        """Logits `(tasks, Q, ways)`; the classes are 0 to `support_y.max()`, see `ways_of`."""
+        ways, shots = ways_of(support_y), support_x.shape[1]
+        # One pass for both sets, in single precision at least from here on: distances need the
+        # digits.
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         # (tasks, S + Q, d)
-        features = self.embed(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
+        features = single(self.embed(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         support, query = features[:, :shots], features[:, shots:]  # (tasks, S, d) and (tasks, Q, d)
         return -self.distance(query, prototypes(support, support_y, ways))
 

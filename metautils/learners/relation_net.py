@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metautils.errors import BadArgument
-from metautils.learners.base import Learner, Method, Preset, Problem, task_loss
+from metautils.learners.base import Learner, Method, Preset, Problem, task_loss, ways_of
 from metautils.learners.protonet import class_sums
 from metautils.nets import Conv4
+from metautils.precision import single
 
 
 class RelationModule(nn.Module):
@@ -63,7 +64,7 @@ class RelationModule(nn.Module):
         a, b = a.unflatten(0, query.shape[:2]), b.unflatten(0, classes.shape[:2])
         pairs = a[:, :, None] + b[:, None]  # (tasks, Q, ways, channels, size, size)
         # (tasks * Q * ways, channels, size, size) to (tasks * Q * ways, 1) to (tasks, Q, ways)
-        return self.rest(pairs.flatten(0, 2)).view(pairs.shape[:3]).float()
+        return single(self.rest(pairs.flatten(0, 2)).view(pairs.shape[:3]))
 
 
 def squared_error(scores: Tensor, labels: Tensor) -> Tensor:
@@ -97,10 +98,10 @@ class RelationNet(Learner):
         self.embed, self.relate, self.objective = embed, relate, objective
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
-        """Outputs `(tasks, Q, ways)`, before any sigmoid."""
+        """Outputs `(tasks, Q, ways)`, before any sigmoid; classes as in `ways_of`."""
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         features = self.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (tasks, S + Q, d)
-        shots, ways = support_x.shape[1], int(support_y.max()) + 1
+        shots, ways = support_x.shape[1], ways_of(support_y)
         return self.relate(features[:, shots:], class_sums(features[:, :shots], support_y, ways))
 
     def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
