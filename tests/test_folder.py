@@ -127,6 +127,7 @@ def test_images_in_subfolders_are_of_the_class(tmp_path):
             {"train": "ab", "val": "ab", "test": "cd"},
             "'a' in train and validation, but 'c' in test",
         ),
+        ({"train": "abcd", "test": "ABCD"}, "has the classes 'A' and 'a' in its parts: give one"),
         ({"train": "abcd", "val": "ef"}, "train and validation and none for test: add a test fol"),
         ({"train": "abcd", "val": "e", "test": "fg"}, "1 classes for validation, which needs 2"),
         ({"train": "abc", "test": "fg"}, "has 3 classes for train, which needs 4 or more"),

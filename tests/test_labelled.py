@@ -148,7 +148,8 @@ def test_both_readers_take_the_same_files(tmp_path):
     root = fill(tmp_path, **{"a": 2, "a/more": 2, "b": 3, "b/x/y": 1})
     for name in ("0.jfif", "1.JPE", "2.TIFF", "3.bmp", "4.avif", "5.jp2", "6.pgm", "7"):
         kind = {"7": "PNG", "0.jfif": "JPEG", "1.JPE": "JPEG"}.get(name)
-        picture(ord(name[0])).convert("L").save(root / "b" / name, kind)
+        if kind or Path(name).suffix.lower() in suffixes():  # an older Pillow has no AVIF
+            picture(ord(name[0])).convert("L").save(root / "b" / name, kind)
     ends = {path.suffix.lower() for path in root.rglob("*") if path.is_file()} & suffixes()
     split = labelled.load(root)
     with pytest.warns(UserWarning, match="passed over: .*b/7"):

@@ -87,6 +87,8 @@ def _parts(path: Path) -> dict[str, Classes]:
     _check_lone(path, found)
     parts = {name: part.classes for name, part in found.parts.items()}
     names = sorted(set(chain(*parts.values())))
+    if len(parts) > 1:
+        _check_spelling(path, names)
     if not names:
         raise DataError(f"{path} has no subfolder: put the images of each class into one.")
     owners = {name: [part for part in parts if name in parts[part]] for name in names}
@@ -111,6 +113,18 @@ def _check_lone(path: Path, found: tree.Found) -> None:
             f"{path} has folders of images in {found.parts['train'].path.name}/, which may be a "
             f"part or a class, beside {found.beside[0]}/: rename it, or move the others away."
         )
+
+
+def _check_spelling(path: Path, names: list[str]) -> None:
+    """Classes of other parts would be taken for other classes, and tested on as new ones."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(name.casefold(), name)
+        if other != name:
+            raise DataError(
+                f"{path} has the classes {other!r} and {name!r} in its parts: give one class one "
+                "name, or two classes names that differ in more than case."
+            )
 
 
 def _check_parts(path: Path, parts: dict[str, Classes]) -> None:
