@@ -140,6 +140,21 @@ def check_folder(folder: Path, room: int) -> None:
         )
 
 
+def check_apart(out: Path, data: Path) -> None:
+    """See that what is written to `out` will not lie among the images of a folder.
+
+    Raises:
+        DataError: if `out` is that folder or lies in it, by whatever name: links are followed.
+    """
+    with reading(data):
+        inside = data.iterdir() if data.is_dir() else ()
+        links = [p for p in inside if p.is_symlink() and p.exists()]
+        held = [data, *(p for p in links if p.resolve() not in data.resolve().parents)]
+        above = [p for p in (out.resolve(), *out.resolve().parents) if p.exists()]
+        if data.is_dir() and any(p.samefile(each) for p in above for each in held):
+            raise DataError(f"{out} lies in {data} and would be taken for a class: choose another.")
+
+
 def written_at(path: Path) -> int | None:
     """When a file was last written, in nanoseconds; None if it is not there."""
     return path.stat().st_mtime_ns if path.exists() else None

@@ -29,7 +29,7 @@ from metautils.data import labelled
 from metautils.data.labelled import PARTS, Split
 from metautils.errors import BadArgument
 from metautils.files import (
-    DataError,
+    check_apart,
     check_folder,
     load_safely,
     save_atomically,
@@ -224,8 +224,7 @@ def run(
             "give a larger batch or larger images."
         )
     made_by = results.provenance(torch.device(device))
-    if Path(path).resolve() in (out.resolve(), *out.resolve().parents):
-        raise DataError(f"{out} lies in {path} and would be taken for a class: choose another.")
+    check_apart(out, Path(path))
     check_folder(out, ROOM)
     split = labelled.load(path, recipe.seed, progress=True)
     _print(split)

@@ -16,7 +16,7 @@ from metautils.checkpoint import CHECKPOINT, load_weights
 from metautils.data.bank import ClassBank, Parts
 from metautils.errors import BadArgument
 from metautils.evaluate import evaluate
-from metautils.files import DataError, check_folder, read_json, reading, written_at
+from metautils.files import DataError, check_apart, check_folder, read_json, reading, written_at
 from metautils.learners.base import Learner, Method, Preset, Problem
 from metautils.learners.baseline import Baseline
 from metautils.learners.protonet import ProtoNet
@@ -59,12 +59,14 @@ def train(
         The record.
 
     Raises:
-        DataError: if the data cannot be had.
+        DataError: if the data cannot be had, or `out` lies among them.
         ValueError: if they are too few for the method, or it has no such preset.
     """
     method, made_by = methods.find(name), results.provenance(torch.device(device))
     if preset not in method.presets:
         raise BadArgument(f"{name} has no preset {preset!r}, only {', '.join(method.presets)}.")
+    if source not in data.NAMES:
+        check_apart(out, Path(source))
     parts = data.load(source, seed, split)
     for part, bank in zip(Parts._fields, parts, strict=True):
         if not len(bank):

@@ -57,7 +57,8 @@ def test_relation_on_images_too_small(tmp_path, capsys, monkeypatch):
     """Told before any training."""
     parts = split_classes(blobs(classes=14, size=12), (6, 3, 5))
     monkeypatch.setattr(data.folder, "load", lambda path, seed: parts)
-    arguments = ["train", "relation", "--data", tmp_path, "--out", tmp_path / "run"]
+    (tmp_path / "photos").mkdir()
+    arguments = ["train", "relation", "--data", tmp_path / "photos", "--out", tmp_path / "run"]
     says(capsys, arguments, "Maps of 3x3 cannot be halved twice: they must be 4x4.")
     assert not (tmp_path / "run").exists()
 
@@ -151,7 +152,9 @@ def test_one_test_class_makes_no_task(tmp_path, capsys, monkeypatch):
     few = split_classes(blobs(classes=8, size=16), (5, 2, 1))
     monkeypatch.setattr(data.folder, "load", lambda path, seed: few)
     sentence = "Testing needs 2 classes of 2 images or more; there are 1, the smallest of 8"
-    says(capsys, ["train", "protonet", "--data", tmp_path, "--out", tmp_path / "run"], sentence)
+    (tmp_path / "photos").mkdir()
+    arguments = ["train", "protonet", "--data", tmp_path / "photos", "--out", tmp_path / "run"]
+    says(capsys, arguments, sentence)
     assert not (tmp_path / "run").exists()
 
 

@@ -17,6 +17,7 @@ from helpers import told_in_one_line
 from metautils.files import (
     DataError,
     cache_folder,
+    check_apart,
     check_folder,
     data_folder,
     listed,
@@ -306,3 +307,52 @@ def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("METAUTILS_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder() == tmp_path / "home" / ".cache" / "metautils"
+
+
+def linked(place, to):
+    try:
+        os.symlink(to, place, target_is_directory=True)
+    except OSError:
+        pytest.skip("this system makes no links")
+    return place
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        "photos",
+        "photos/new",
+        "photos/a/run/1",
+        "photos/a/..",
+        "elsewhere/../photos/new",
+        "link",
+        "link/new",
+        "deep/new",
+        "others/new",
+    ],
+)
+@pytest.mark.parametrize("data", ["photos", "link", "elsewhere/../photos"])
+def test_results_among_the_images_are_refused(tmp_path, monkeypatch, out, data):
+    """By whatever name; `others` is a class that lies elsewhere."""
+    for name in ("photos/a", "elsewhere", "others"):
+        (tmp_path / name).mkdir(parents=True)
+    linked(tmp_path / "link", tmp_path / "photos")
+    linked(tmp_path / "deep", tmp_path / "photos" / "a")
+    linked(tmp_path / "photos" / "b", tmp_path / "others")
+    told_in_one_line(
+        lambda: check_apart(tmp_path / out, tmp_path / data),
+        f"{out} lies in .*{data} and would be taken for a class: choose another",
+    )
+    monkeypatch.chdir(tmp_path)
+    told_in_one_line(lambda: check_apart(Path(out), Path(data)), "would be taken for a class")
+
+
+@pytest.mark.parametrize("out", ["runs", "photos-out", "new/run", "."])
+@pytest.mark.parametrize("data", ["photos", "gone", "glyphs.txt"])
+def test_results_beside_the_images_are_not(tmp_path, out, data):
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "glyphs.txt").touch()
+    check_apart(tmp_path / out, tmp_path / data)
+    linked(tmp_path / "photos" / "a" / "up", tmp_path)  # is not followed when images are read
+    linked(tmp_path / "photos" / "up", tmp_path)
+    check_apart(tmp_path / out, tmp_path / data)

@@ -419,6 +419,13 @@ def test_notes_on_modes_are_told_but_not_all_of_many(tmp_path, bodies, capsys):
     assert "... and 3 more that are read as RGB." in out
 
 
+def test_files_that_are_passed_over_are_told(tmp_path, bodies, capsys):
+    root = paint(tmp_path / "photos", 5)
+    (root / "labels.csv").write_text("words")
+    finetune.run(root, tmp_path / "out", replace(RECIPE, epochs=1), None)
+    assert "passed over: labels.csv.\n" in capsys.readouterr().out
+
+
 # What is told before any training
 
 

@@ -1,9 +1,11 @@
 """A reader's own folder of images becomes a bank, or a sentence says what is wrong with it."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
-from helpers import IMAGE_SIZE, RED, fill, only_colour, read_one
+from helpers import IMAGE_SIZE, RED, fill, only_colour, read_one, told_in_one_line
 from PIL import Image
 
 from metautils.data import folder
@@ -54,7 +56,8 @@ def test_other_files_are_passed_over(tmp_path):
     (root / "a" / "notes.txt").write_text("words")
     (root / "a" / "._0.png").write_bytes(b"what a Mac leaves beside an image")
     (root / "b" / "folder.png").mkdir()
-    bank = folder.bank(root, IMAGE_SIZE)
+    with pytest.warns(UserWarning, match=r"has 2 file\(s\) .* passed over: README.txt, a/notes"):
+        bank = folder.bank(root, IMAGE_SIZE)
     assert (bank.names, bank.counts.tolist()) == (("a", "b"), [2, 3])
 
 
@@ -72,10 +75,85 @@ def test_load_splits_by_class(tmp_path):
     assert folder.load(root, IMAGE_SIZE, seed=1).test.names != parts.test.names
 
 
+def in_parts(root, **classes):
+    """A folder of parts, with two images in each of their classes, named by letters."""
+    return fill(root, **{f"{part}/{name}": 2 for part, names in classes.items() for name in names})
+
+
+def test_parts_of_other_classes_stay_as_they_lie(tmp_path):
+    """miniImageNet's layout, whatever the seed."""
+    root = in_parts(tmp_path, train="dbca", val="ef", test="ihg")
+    for seed in (0, 1):
+        parts = folder.load(root, IMAGE_SIZE, seed=seed)
+        assert [part.names for part in parts] == [tuple("abcd"), tuple("ef"), tuple("ghi")]
+    bank = folder.bank(root, IMAGE_SIZE)
+    assert bank.names == tuple("abcdefghi")
+    assert [part.digest for part in parts] == [
+        bank.select(rows).digest for rows in (range(4), range(4, 6), range(6, 9))
+    ]
+
+
+def test_validation_is_a_fifth_of_the_classes_to_train_on_if_none_is_given(tmp_path):
+    root = in_parts(tmp_path, train="abcdefghij", test="kl")
+    parts = folder.load(root, IMAGE_SIZE)
+    assert [len(part) for part in parts] == [8, 2, 2]
+    assert parts.test.names == ("k", "l")
+    assert sorted(parts.train.names + parts.validation.names) == list("abcdefghij")
+    assert folder.load(root, IMAGE_SIZE, seed=1).validation.names != parts.validation.names
+
+
+def test_images_of_a_class_are_put_together_where_all_parts_have_it(tmp_path):
+    """Classes that a method learns must not be those that it is tested on."""
+    root = in_parts(tmp_path, Training="abcdefgh", Testing="abcdefgh")
+    parts = folder.load(root, IMAGE_SIZE)
+    assert [len(part) for part in parts] == [4, 2, 2]
+    assert sorted(name for part in parts for name in part.names) == list("abcdefgh")
+    assert folder.bank(root, IMAGE_SIZE).counts.tolist() == [4] * 8
+
+
+def test_images_in_subfolders_are_of_the_class(tmp_path):
+    root = fill(tmp_path, **{"a": 2, "a/more": 3, "b/deep/er": 1})
+    assert folder.bank(root, IMAGE_SIZE).counts.tolist() == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (
+            {"train": "abcd", "test": "ade"},
+            "has the class 'a' in train and test, but 'b' in train: give all",
+        ),
+        (
+            {"train": "ab", "val": "ab", "test": "cd"},
+            "'a' in train and validation, but 'c' in test",
+        ),
+        ({"train": "abcd", "test": "ABCD"}, "has the classes 'A' and 'a' in its parts: give one"),
+        ({"train": "abcd", "val": "ef"}, "train and validation and none for test: add a test fol"),
+        ({"train": "abcd", "val": "e", "test": "fg"}, "1 classes for validation, which needs 2"),
+        ({"train": "abc", "test": "fg"}, "has 3 classes for train, which needs 4 or more"),
+        ({"train": "abc", "test": "abc"}, "has 3 classes; parts of two need 6"),
+        ({"train": "ab", "bus": "ab", "car": "ab"}, "in train/, which may be .* beside bus/: ren"),
+    ],
+)
+def test_parts_that_do_not_fit_are_told(tmp_path, parts, sentence):
+    root = in_parts(tmp_path, **parts)
+    told_in_one_line(lambda: folder.load(root, IMAGE_SIZE), sentence)
+
+
+def test_bad_images_are_told_all_at_once(tmp_path):
+    root = fill(tmp_path, a=2, b=2)
+    for k in range(4):
+        (root / "a" / f"{k}.jpg").write_text("words")
+        (root / "b" / f"{k}.jpg").write_text("words")
+    with pytest.raises(DataError, match=r"^8 images cannot be read, .* and 3 more") as caught:
+        folder.bank(root, IMAGE_SIZE)
+    for name in ("a/0", "a/1", "a/2", "a/3", "b/0"):
+        assert str(root / f"{name}.jpg") in str(caught.value)
+    assert f"b{os.sep}1.jpg" not in str(caught.value)
+
+
 def refuses(path, sentence):
-    with pytest.raises(DataError, match=sentence) as caught:
-        folder.bank(path, IMAGE_SIZE)
-    assert "\n" not in str(caught.value)
+    told_in_one_line(lambda: folder.bank(path, IMAGE_SIZE), sentence)
 
 
 def test_no_folder(tmp_path):
@@ -85,6 +163,7 @@ def test_no_folder(tmp_path):
 
 
 def test_folder_without_classes(tmp_path):
+    refuses(tmp_path, "has no subfolder: put the images of each class into one")
     Image.new("L", (4, 4)).save(tmp_path / "loose.png")
     refuses(tmp_path, "has no subfolder: put the images of each class into one")
 

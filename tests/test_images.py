@@ -1,12 +1,19 @@
 """One image is read right whatever its kind, or a sentence names the file that is none."""
 
+import io
+import re
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from helpers import BLACK, IMAGE_SIZE, RED, WHITE, fill, only_colour, read_one, told_in_one_line
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, PngImagePlugin
 
-from metautils.data import folder
+from metautils.data import folder, labelled
 from metautils.data.images import read_image, read_rgb, visible
 from metautils.files import DataError
 
@@ -132,10 +139,268 @@ def test_missing_image_is_named(tmp_path):
     told_in_one_line(lambda: read_rgb(tmp_path / "x.png"), r"x\.png is no readable image: mend")
 
 
-@pytest.mark.parametrize("name", [".DS_Store", "._0.png", ".ipynb_checkpoints", "__MACOSX"])
+# Depths: by what the file declares
+
+
+def level(path):
+    """The one grey of an image, as it is read."""
+    ((_, grey),) = read_image(path).getcolors()
+    return grey
+
+
+def tiff_of_12_bits(path, numbers):
+    """Two numbers in three bytes, which Pillow reads but does not write."""
+    a, b = numbers
+    data = bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255])
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, x) for tag, x in tags.items())
+    ifd = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 12) + data + b"\0" + ifd)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.jp2"])
+@pytest.mark.parametrize("number", [0, 100, 200, 255, 256, 257, 25700, 65535])
+def test_sixteen_bits_are_scaled_by_the_depth_of_the_file(tmp_path, name, number):
+    """Never by the image's own pixels: a dark one is dark."""
+    sixteen_bits(number).save(tmp_path / name)
+    assert level(tmp_path / name) == round(number / 257)
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize(("white", "grey"), [(1, 100), (0, 155)])
+def test_tiff_may_say_that_white_is_zero(tmp_path, compression, white, grey):
+    sixteen_bits(25700).save(tmp_path / "x.tif", compression=compression, tiffinfo={262: white})
+    assert level(tmp_path / "x.tif") == grey
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_order_of_the_bytes_is_minded(tmp_path, order):
+    image = Image.frombytes(
+        "I;16B" if order == ">" else "I;16", (30, 20), np.full(600, 25700, f"{order}u2").tobytes()
+    )
+    image.save(tmp_path / "x.tif")
+    assert level(tmp_path / "x.tif") == 100
+
+
+def test_twelve_bits(tmp_path):
+    tiff_of_12_bits(tmp_path / "x.tif", (4095, 1606))
+    assert list(read_image(tmp_path / "x.tif").tobytes()) == [255, 100]
+
+
+def test_portable_grey_map_of_its_own_depth(tmp_path):
+    """Pillow scales it to 16 bits."""
+    for top, number, grey in ((1000, 1000, 255), (1000, 500, 128), (65535, 200, 1)):
+        (tmp_path / "x.pgm").write_bytes(b"P5 1 1 %d\n" % top + number.to_bytes(2, "big"))
+        assert level(tmp_path / "x.pgm") == grey
+
+
+def test_sixteen_bits_that_an_older_pillow_opens_as_integers(tmp_path, monkeypatch):
+    monkeypatch.setitem(PngImagePlugin._MODES, (16, 0), ("I", "I;16B"))
+    sixteen_bits(200).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as opened:
+        assert opened.mode == "I"
+    assert level(tmp_path / "x.png") == 1
+
+
+@pytest.mark.parametrize(("number", "grey"), [(0, 0), (100 / 255, 100), (0.004, 1), (1, 255)])
+def test_floats_up_to_one_are_scaled_alike(tmp_path, number, grey):
+    Image.fromarray(np.full((20, 30), number, np.float32)).save(tmp_path / "x.tif")
+    assert level(tmp_path / "x.tif") == grey
+
+
+def test_float_mask_of_zero_and_one(tmp_path):
+    Image.fromarray(np.eye(4, dtype=np.float32)).save(tmp_path / "x.tiff")
+    assert np.array_equal(read_image(tmp_path / "x.tiff"), 255 * np.eye(4, dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "sentence"),
+    [
+        (np.float32([[0, 255]]), "has numbers outside [0, 1], and so no range that is known: save"),
+        (np.float32([[0, 1.5]]), "has numbers outside [0, 1]"),
+        (np.float32([[-0.5, 1]]), "has numbers outside [0, 1]"),
+        (np.float32([[np.nan, 1]]), "has numbers outside [0, 1]"),
+        (np.float32([[np.inf, 1]]), "has numbers outside [0, 1]"),
+        (np.int32([[0, 200]]), "has integers of mode I of which no range is known: save it with 8"),
+        (np.int32([[0, 65535]]), "has integers of mode I of which no range is known"),
+    ],
+)
+def test_range_that_cannot_be_known_is_refused(tmp_path, pixels, sentence):
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    told_in_one_line(lambda: read_rgb(tmp_path / "x.tif"), rf"x\.tif {re.escape(sentence)}")
+
+
+# Metadata, and damage
+
+
+def with_exif(path, spoil, orientation=6):
+    """A JPEG of 20 x 30 that is to be turned, its EXIF block changed by `spoil`."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = orientation, "maker", 72.0
+    Image.new("RGB", (30, 20), RED).save(path, exif=exif)
+    whole = path.read_bytes()
+    start = whole.index(b"Exif\0\0") + 6
+    block = bytearray(whole[start : start + len(exif.tobytes()) - 6])
+    spoil(block)
+    path.write_bytes(whole[:start] + bytes(block) + whole[start + len(block) :])
+
+
+def field(block, tag):
+    """Where an entry of the block begins."""
+    order = "<" if block[:2] == b"II" else ">"
+    found = block.index(struct.pack(f"{order}H", tag), 8)
+    return found, order
+
+
+def put(tag, offset, form, number):
+    """Spoil the kind (2), the count (4) or the value (8) of a field."""
+
+    def spoil(block):
+        start, order = field(block, tag)
+        struct.pack_into(order + form, block, start + offset, number)
+
+    return spoil
+
+
+METADATA = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's own, of each field
+
+
+@METADATA
+@pytest.mark.parametrize("tag", [0x010F, 0x011A])
+@pytest.mark.parametrize(
+    ("offset", "form", "number"),
+    [(2, "H", kind) for kind in (0, 1, 3, 4, 6, 7, 9, 11, 12, 13, 99)]
+    + [(4, "I", 0), (4, "I", 7), (4, "I", 2**31), (8, "I", 2**31), (8, "I", 0)],
+)
+def test_photo_with_a_broken_field_is_read_upright(tmp_path, tag, offset, form, number):
+    with_exif(tmp_path / "x.jpg", put(tag, offset, form, number))
+    assert read_rgb(tmp_path / "x.jpg").size == (20, 30)
+
+
+@METADATA
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        put(0x0112, 2, "H", 2),
+        put(0x0112, 2, "H", 12),
+        put(0x0112, 8, "H", 9),
+        lambda block: block.__setitem__(slice(0, 8), b"rubbish!"),
+        lambda block: block.__setitem__(slice(4, 8), b"\xff\xff\xff\x7f"),
+    ],
+)
+def test_photo_that_does_not_say_how_it_was_held_is_read_as_it_lies(tmp_path, spoil):
+    with_exif(tmp_path / "x.jpg", spoil)
+    assert read_rgb(tmp_path / "x.jpg").size == (30, 20)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_all_ways_to_hold_a_camera(tmp_path, orientation):
+    pixels, exif = np.arange(6, dtype=np.uint8).reshape(2, 3), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as opened:
+        expected = np.array(ImageOps.exif_transpose(opened))
+    once = read_image(tmp_path / "x.png")
+    assert np.array_equal(once, expected)
+    assert np.array_equal(read_image(once), expected)  # and is not turned again
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        struct.error("unpack requires 4 bytes"),
+        TypeError("two\nlines"),
+        KeyError(259),
+        IndexError(),
+        EOFError(),
+        OverflowError("x" * 1000),
+        zlib.error("Error -3"),
+        MemoryError(),
+        AttributeError("no tag"),
+        RuntimeError("decoder"),
+    ],
+)
+def test_whatever_a_damaged_file_raises_is_told_with_its_name(tmp_path, monkeypatch, error):
+    def fails(self):
+        raise error
+
+    sixteen_bits(9).save(tmp_path / "x.png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fails)
+    told_in_one_line(lambda: read_image(tmp_path / "x.png"), r"x\.png is no readable image: .*\(\S")
+
+
+def in_memory(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def whole_files():
+    """Small files of many kinds, all of them whole."""
+    random, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
+    colour = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    palette, deep = colour.convert("P"), random.integers(0, 65536, (9, 12), dtype=np.uint16)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        yield in_memory(colour, kind, exif=exif)
+    for kind in ("PNG", "GIF"):
+        yield in_memory(palette, kind, transparency=3)
+    for image in (Image.fromarray(deep), Image.fromarray(random.random((9, 12), np.float32))):
+        yield in_memory(image, "TIFF")
+    yield in_memory(Image.fromarray(deep), "PNG")
+    yield in_memory(palette, "GIF", save_all=True, append_images=[palette.rotate(90)])
+    yield in_memory(colour, "BMP")
+    yield in_memory(colour.convert("CMYK"), "JPEG")
+
+
+WHOLE = list(whole_files())
+DAMAGE = st.tuples(
+    st.sampled_from(["set", "cut", "insert", "end"]),
+    st.one_of(st.integers(0, 200), st.integers(0, 2000)),
+    st.binary(min_size=1, max_size=8),
+)
+
+
+def damaged(whole, changes):
+    content = bytearray(whole)
+    for kind, place, some in changes:
+        place %= len(content) + 1
+        end = {"insert": place, "end": len(content)}.get(kind, place + len(some))
+        content[place:end] = some if kind in ("set", "insert") else b""
+    return bytes(content)
+
+
+@METADATA
+@settings(max_examples=400, deadline=None)
+@given(whole=st.sampled_from(WHOLE), changes=st.lists(DAMAGE, min_size=1, max_size=3))
+def test_damaged_file_is_read_or_named(tmp_path_factory, whole, changes):
+    """By both readers, and by nothing else than a sentence."""
+    path = tmp_path_factory.getbasetemp() / "damaged.png"
+    path.write_bytes(damaged(whole, changes))
+    for read in (labelled._read, lambda path: folder._read(path, 8, 3)):
+        try:
+            read(path)
+        except DataError as error:
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".DS_Store",
+        "._0.png",
+        ".ipynb_checkpoints",
+        "__MACOSX",
+        "Thumbs.db",
+        "desktop.ini",
+        "@eaDir",
+    ],
+)
 def test_what_systems_leave_behind_is_not_visible(name):
     assert not visible(name)
-    assert visible(name.strip("._"))
+    assert not visible(name.upper())
+    assert visible(name.strip("._@").replace("db", "png").replace("ini", "jpg"))
 
 
 def test_sixteen_bits_are_turned_upright(tmp_path):
@@ -147,7 +412,7 @@ def test_sixteen_bits_are_turned_upright(tmp_path):
 
 
 def test_fault_of_ours_is_not_taken_for_a_bad_image(tmp_path, monkeypatch):
-    def broken(image):
+    def broken(loaded):
         raise ValueError("a fault")
 
     Image.new("L", (4, 4)).save(tmp_path / "x.png")

@@ -1,5 +1,6 @@
 """A folder of labelled images is split without leaks, or a sentence names what is wrong with it."""
 
+import shutil
 from collections import Counter
 from itertools import count
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 from helpers import elsewhere, told_in_one_line
 from PIL import Image
 
-from metautils.data import labelled
-from metautils.data.images import read_rgb
+from metautils.data import folder, labelled
+from metautils.data.images import read_rgb, suffixes
 from metautils.data.labelled import Images
 
 GIVEN = ("train/a", "train/b", "test/a", "test/b")
@@ -92,9 +93,9 @@ def test_classes_may_be_named_like_parts(tmp_path):
 def test_parts_that_are_given_stay_as_they_are(tmp_path, name):
     fill(tmp_path, **dict.fromkeys(GIVEN, 4), **{f"{name}/a": 2, f"{name}/b": 1, "notes": 1})
     split = labelled.load(tmp_path)
-    for part, folder in zip(split[:3], ("train", name, "test"), strict=True):
+    for part, given in zip(split[:3], ("train", name, "test"), strict=True):
         assert part.classes == ["a", "b"]
-        assert files(part) == set(map(str, (tmp_path / folder).glob("*/*.png")))
+        assert files(part) == set(map(str, (tmp_path / given).glob("*/*.png")))
     assert tally(split.validation) == {"a": 2, "b": 1}
 
 
@@ -124,13 +125,63 @@ def test_one_test_image_is_enough(tmp_path):
 )
 def test_what_is_hidden_is_passed_over(tmp_path, name):
     fill(tmp_path, a=4, b=4)
-    (tmp_path / "README.txt").write_text("beside the classes")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     picture(99).save(tmp_path / name, format="PNG")
     split = labelled.load(tmp_path)
     assert split.train.classes == ["a", "b"]
     assert str(tmp_path / name) not in set.union(*map(files, split[:3]))
     assert sum(map(len, split[:3])) == 8
+    assert split.notes == ()
+
+
+def test_what_does_not_end_like_an_image_is_passed_over_with_a_note(tmp_path):
+    fill(tmp_path, a=3, b=3)
+    (tmp_path / "README.txt").write_text("beside the classes")
+    (tmp_path / "a" / "labels.csv").write_text("words")
+    split = labelled.load(tmp_path)
+    assert sum(map(len, split[:3])) == 6
+    (note,) = split.notes
+    assert note.startswith(f"{tmp_path} has 2 file(s) that do not end like an image")
+    assert note.endswith("passed over: README.txt, a/labels.csv.")
+
+
+def test_both_readers_take_the_same_files(tmp_path):
+    root = fill(tmp_path, **{"a": 2, "a/more": 2, "b": 3, "b/x/y": 1})
+    for name in ("0.jfif", "1.JPE", "2.TIFF", "3.bmp", "4.avif", "5.jp2", "6.pgm", "7"):
+        kind = {"7": "PNG", "0.jfif": "JPEG", "1.JPE": "JPEG"}.get(name)
+        if kind or Path(name).suffix.lower() in suffixes():  # an older Pillow has no AVIF
+            picture(ord(name[0])).convert("L").save(root / "b" / name, kind)
+    ends = {path.suffix.lower() for path in root.rglob("*") if path.is_file()} & suffixes()
+    split = labelled.load(root)
+    with pytest.warns(UserWarning, match="passed over: .*b/7"):
+        counts = folder.bank(root, 8).counts.tolist()
+    assert counts == [4, 4 + len(ends) - 1]
+    assert sum(map(len, split[:3])) == sum(counts)
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("seg_train/seg_train", "seg_test")])
+def test_folders_of_a_split_are_no_classes(tmp_path, names):
+    fill(tmp_path, **{f"{name}/{x}": 4 for name in names for x in "ab"})
+    split = labelled.load(tmp_path)
+    assert split.train.classes == split.test.classes == ["a", "b"]
+    assert files(split.test) == set(map(str, tmp_path.glob(f"{names[1]}/*/*.png")))
+
+
+def test_class_may_be_named_train(tmp_path):
+    split = labelled.load(fill(tmp_path, bus=3, car=3, train=3))
+    assert split.train.classes == ["bus", "car", "train"]
+
+
+def test_bad_images_are_told_all_at_once(tmp_path):
+    """Whatever is wrong with them."""
+    root = fill(tmp_path, a=3, b=3)
+    (root / "a" / "0.png").write_text("words")
+    animated("0.gif")(tmp_path / "other")
+    (tmp_path / "other" / "a" / "0.gif").rename(root / "b" / "0.gif")
+    shutil.rmtree(tmp_path / "other")
+    told_in_one_line(
+        lambda: labelled.load(root), r"^2 images cannot .*: \S+a/0\.png, \S+b/0\.gif; the first: "
+    )
 
 
 def test_part_of_a_set_leaves_the_set_whole(tmp_path):
@@ -270,8 +321,8 @@ def animated(name):
         pytest.param(loose, r"set has 0 subfolder\(s\)", id="loose images"),
         pytest.param(few(a=5), r"set has 1 subfolder\(s\)", id="one class"),
         pytest.param(few(a=5, **{".b": 5}), r"set has 1 subfolder\(s\)", id="one beside hidden"),
-        pytest.param(few(a=3, bare=0), r"set/bare holds no file: add", id="empty class"),
-        pytest.param(only_hidden, r"set/bare holds no file: add", id="class of hidden files"),
+        pytest.param(few(a=3, bare=0), r"set/bare holds no image: add", id="empty class"),
+        pytest.param(only_hidden, r"set/bare holds no image: add", id="class of hidden files"),
         pytest.param(
             few(a=3, b=1), r"set/b/0\.png is one of only 1 .* of 'b': give at least 3", id="single"
         ),
@@ -287,7 +338,7 @@ def animated(name):
             r"train/b/0\.png is one of only 1 .* least 2",
             id="all given",
         ),
-        pytest.param(given(**{"test/b": 0}), r"test/b holds no file", id="empty in test"),
+        pytest.param(given(**{"test/b": 0}), r"test/b holds no image", id="empty in test"),
         pytest.param(
             given(**{"test/c": 1}), r"test/c is a class that .*train lacks", id="more in test"
         ),
@@ -296,6 +347,16 @@ def animated(name):
         ),
         pytest.param(
             given(**{"val/a": 1, "val/c": 1}), r"train/b is a class that .*val lacks", id="in val"
+        ),
+        pytest.param(
+            few(**{"train/a": 4, "train/b": 4, "test/c": 4, "test/d": 4}),
+            "set has no class that is in both train and test, as sets for few-shot",
+            id="few-shot",
+        ),
+        pytest.param(
+            few(**{"train/a": 4, "train/b": 4, "val/a": 4, "val/b": 4}),
+            "set has train/ and no test/: add images to test on, or put the classes",
+            id="no test",
         ),
         pytest.param(
             leak("test/a/z.bmp"),
@@ -316,7 +377,6 @@ def animated(name):
         pytest.param(
             with_file("a/page.jpg", b"<html>404</html>"), r"a/page\.jpg is no readable", id="page"
         ),
-        pytest.param(with_file("b/notes.txt", b"words"), r"b/notes\.txt is no readable", id="text"),
         pytest.param(with_file("b/0.png", b""), r"b/0\.png is no readable", id="no byte"),
         pytest.param(
             given(**{"Train/a": 4, "Train/b": 4}),

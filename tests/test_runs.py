@@ -233,7 +233,8 @@ def test_ways_and_shots_of_training(tmp_path, method):
 def test_few_test_classes_make_one_task_of_all(tmp_path, monkeypatch):
     few = split_classes(blobs(classes=8, size=16), (4, 2, 2))
     monkeypatch.setattr(data.folder, "load", lambda path, seed: few)
-    assert train(tmp_path / "run", "--data", str(tmp_path)) == 0
+    (tmp_path / "photos").mkdir()
+    assert train(tmp_path / "run", "--data", tmp_path / "photos") == 0
     rows = [
         (e["ways"], e["shots"]) for e in read_json(tmp_path / "run" / "record.json")["evaluations"]
     ]
@@ -377,6 +378,32 @@ def test_changed_test_images_are_tested_anew(tmp_path, many_classes):
     after = read_json(tmp_path / "run" / "record.json")
     assert after["digests"]["test"] != before["digests"]["test"]
     assert after["digests"]["train"] == before["digests"]["train"]
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/class00/run", "photos/new", "runs/../photos/x"])
+def test_run_does_not_spoil_its_own_images(tmp_path, capsys, many_classes, out):
+    """Told before anything is read or written."""
+    photos = shutil.copytree(many_classes, tmp_path / "photos")
+    (tmp_path / "runs").mkdir()
+    before = sorted(photos.rglob("*"))
+    assert train(tmp_path / out, "--data", photos) == 2
+    sentence = rf"metautils: .*{out} lies in {photos} and would be taken for a class: choose .*\n"
+    assert re.fullmatch(sentence, capsys.readouterr().err)
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_sets_as_others_give_them(tmp_path, capsys, many_classes):
+    """In parts of classes of their own, with a list of names, and with what a Mac leaves behind."""
+    for k, source in enumerate(sorted(many_classes.iterdir())[:15]):
+        part = ("train", "val", "test")[k // 5]
+        shutil.copytree(source, tmp_path / "photos" / part / source.name)
+    (tmp_path / "photos" / "train.csv").write_text("words")
+    shutil.copytree(tmp_path / "photos" / "val", tmp_path / "photos" / "__MACOSX" / "val")
+    with pytest.warns(UserWarning, match=r"has 1 file\(s\) .* passed over: train.csv\.$") as told:
+        assert train(tmp_path / "run", "--data", tmp_path / "photos") == 0
+    assert len(told) == 1
+    record = read_json(tmp_path / "run" / "record.json")
+    assert record["classes"] == {"train": 5, "validation": 5, "test": 5}
 
 
 def test_preset_that_a_method_has_not(tmp_path, capsys):

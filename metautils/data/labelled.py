@@ -13,22 +13,24 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from metautils.data.images import read_rgb, visible
-from metautils.files import DataError, listed
+from metautils.data import tree
+from metautils.data.images import damage_told, read_each, read_rgb
+from metautils.files import DataError
 
-PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+PARTS = ("train", "validation", "test")
 SHARE = 0.2  # of a class, for validation and for test each
 PLAIN = {"RGB", "L"}  # modes that are read as they are
 
 
 class Images(ImageFolder):
-    """torchvision's ImageFolder with a reader for every mode, blind to hidden files and folders.
+    """torchvision's ImageFolder with the package's reader of folders and of images.
 
     ImageFolder itself takes `.ipynb_checkpoints` for a class, and passes over files whose ending
-    it does not know; here every file of a class counts, those in subfolders of it too.
+    it does not know; see `metautils.data.tree` for what is read here.
 
     Args:
         root: a folder with a subfolder for each class.
+        classes: the images of each class, where they are known; else the folder is looked through.
 
     Attributes:
         contents: a hash of the pixels of every file that was read, see `load`.
@@ -49,28 +51,24 @@ class Images(ImageFolder):
         >>> folder.cleanup()
     """
 
-    def __init__(self, root: Path) -> None:
-        def shown(file: str) -> bool:
-            return all(map(visible, Path(file).relative_to(root).parts))
-
-        super().__init__(str(root), loader=read_rgb, is_valid_file=shown, allow_empty=True)
-        self.contents: dict[str, str] = {}
-        # torchvision orders subfolders by their path, whose separator is another on Windows.
-        self.samples.sort(key=lambda sample: (sample[1], *_place(sample[0])))
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        """Names of the subfolders, sorted, and their labels."""
-        if not Path(directory).is_dir():
+    def __init__(self, root: Path, classes: dict[str, list[Path]] | None = None) -> None:
+        self._given = _classes(Path(root)) if classes is None else classes
+        if len(self._given) < 2:
             raise DataError(
-                f"{directory} is no folder: name one that holds a subfolder for each class."
-            )
-        names = [p.name for p in listed(Path(directory)) if p.is_dir() and visible(p.name)]
-        if len(names) < 2:
-            raise DataError(
-                f"{directory} has {len(names)} subfolder(s): a classifier needs two or more, one "
+                f"{root} has {len(self._given)} subfolder(s): a classifier needs two or more, one "
                 "for the images of each class."
             )
-        return names, {name: k for k, name in enumerate(names)}
+        super().__init__(str(root), loader=read_rgb)
+        del self._given  # else it would be sent to every process that reads images
+        self.contents: dict[str, str] = {}
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Names of the classes, sorted, and their labels."""
+        return list(self._given), {name: k for k, name in enumerate(self._given)}
+
+    def make_dataset(self, *arguments: object, **named: object) -> list[tuple[str, int]]:
+        """Every image and its label."""
+        return [(str(file), k) for k, files in enumerate(self._given.values()) for file in files]
 
     def only(self, rows: Sequence[int]) -> Images:
         """The same set with these rows of `samples` alone."""
@@ -92,7 +90,8 @@ class Split(NamedTuple):
     """Three sets of images of the same classes; no picture is in two of them.
 
     Learn from `train`, choose the epoch by `validation`, report on `test`, once. `notes` has a
-    sentence on each file that is read in another way than it was written.
+    sentence on files that were passed over, if there are some, and one on each file that is read
+    in another way than it was written.
 
     Example:
         >>> Split._fields
@@ -110,8 +109,9 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
 
     In the first layout every class gives a fifth of its pictures to validation and a fifth to
     test, at random; copies of a picture stay together. The second has `train` and `test`, and a
-    fifth of `train` becomes the validation if there is no `validation` or `val`. A class needs
-    three different pictures in the first layout; in the second, two in `train`, one in `test`.
+    fifth of `train` becomes the validation if there is no `validation` or `val`; names such as
+    `training_set`, `seg_test` and `val2017` will do. A class needs three different pictures in the
+    first layout; in the second, two in `train`, one in `test`.
 
     Args:
         path: the folder.
@@ -120,14 +120,15 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
 
     Raises:
         DataError: if there are fewer than two classes, or too few pictures of one, or other
-            classes in another part; if a file is no image, is cut off or has several frames; if
+            classes in another part; if files are no images, are cut off or have several frames; if
             two parts or two classes hold the same picture. The sentence names the file.
     """
-    path = Path(path)
-    folders = _parts(path) or {"train": path}
-    sets = {part: Images(folder) for part, folder in folders.items()}
-    _check_classes(sets)
+    found = tree.find(Path(path))
+    _check_test(Path(path), found)
+    sets = {name: Images(*part) for name, part in found.parts.items()}
+    _check_classes(Path(path), sets)
     contents, notes = _read_all([f for each in sets.values() for f, _ in each.samples], progress)
+    notes = (found.note, *notes) if found.note else notes
     for each in sets.values():
         each.contents = contents
     _check_pictures(sets, contents)
@@ -137,61 +138,59 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
     return Split(*(sets[part] for part in PARTS), notes)
 
 
-def _parts(path: Path) -> dict[str, Path]:
-    """The folders of a split that was made already; none where the subfolders are classes."""
-    there = [p for p in listed(path) if p.is_dir()] if path.is_dir() else []
-    found = {part: [p for p in there if p.name.lower() in names] for part, names in PARTS.items()}
-    if not found["train"]:
-        return {}
-    for part, folders in found.items():
-        if len(folders) > 1:
-            first, second, *_ = (p.name for p in folders)
-            raise DataError(f"{path} has {first}/ and {second}/, both for {part}: make them one.")
-    if not found["test"]:
+def _classes(root: Path) -> dict[str, list[Path]]:
+    found = tree.find(root)
+    if found.split:
+        raise DataError(f"{root} has {' and '.join(found.parts)} in it: name the folder of one.")
+    return found.parts["train"].classes
+
+
+def _check_test(path: Path, found: tree.Found) -> None:
+    if found.split and "test" not in found.parts:
         raise DataError(
-            f"{path} has {found['train'][0].name}/ and no test/: add images to test on, or put the "
-            "classes directly into the folder to have them split."
+            f"{path} has {found.parts['train'].path.relative_to(path).parts[0]}/ and no test/: add "
+            "images to test on, or put the classes directly into the folder to have them split."
         )
-    return {part: folders[0] for part, folders in found.items() if folders}
 
 
-def _check_classes(sets: dict[str, Images]) -> None:
+def _check_classes(path: Path, sets: dict[str, Images]) -> None:
     train = sets["train"]
-    for each in sets.values():
+    for part, each in sets.items():
         odd = sorted(set(each.classes) ^ set(train.classes))
+        if not set(each.classes) & set(train.classes):
+            raise DataError(
+                f"{path} has no class that is in both train and {part}, as sets for few-shot "
+                "learning have: a classifier needs the same classes in each part."
+            )
         if odd:
             there = each.root if odd[0] in each.classes else train.root
             lacking = train.root if odd[0] in each.classes else each.root
             raise DataError(
                 f"{Path(there) / odd[0]} is a class that {lacking} lacks: both need the same ones."
             )
-        empty = set(range(len(each.classes))) - set(each.targets)
-        if empty:
-            folder = Path(each.root) / each.classes[min(empty)]
-            raise DataError(f"{folder} holds no file: add images of this class or remove it.")
-
-
-def _place(file: str) -> tuple[str, str]:
-    """A file's folder and name, to sort by."""
-    return Path(file).parent.as_posix(), Path(file).name
 
 
 def _read_all(files: Sequence[str], progress: bool) -> tuple[dict[str, str], tuple[str, ...]]:
     """A hash of every picture's pixels, and notes on those that had to be converted."""
-    contents, notes = {}, []
-    for file in tqdm(files, desc="read images", disable=not progress, leave=False):
-        image = read_rgb(file)
-        with Image.open(file) as opened:
-            # A phone's MPO is one photograph with previews beside it.
-            if getattr(opened, "is_animated", False) and opened.format != "MPO":
-                raise DataError(
-                    f"{file} has {opened.n_frames} frames: save the one that you mean as an image "
-                    "of its own, or remove the file."
-                )
-            if opened.mode not in PLAIN:
-                notes.append(f"{file} is of mode {opened.mode} and is read as RGB.")
-        contents[file] = _digest(image)
-    return contents, tuple(notes)
+    bar = tqdm(files, desc="read images", disable=not progress, leave=False)
+    rows = read_each(_read, bar)
+    contents = {file: content for file, (content, _) in zip(files, rows, strict=True)}
+    odd = [(file, mode) for file, (_, mode) in zip(files, rows, strict=True) if mode not in PLAIN]
+    return contents, tuple(f"{file} is of mode {mode} and is read as RGB." for file, mode in odd)
+
+
+def _read(file: str) -> tuple[str, str]:
+    """A hash of the pixels of a picture, and its mode."""
+    content = _digest(read_rgb(file))
+    with damage_told(file), Image.open(file) as opened:
+        mode, frames = opened.mode, getattr(opened, "n_frames", 1)
+        photo = opened.format == "MPO"  # a phone's is one photograph with previews beside it
+    if frames > 1 and not photo:
+        raise DataError(
+            f"{file} has {frames} frames: save the one that you mean as an image of its own, or "
+            "remove the file."
+        )
+    return content, mode
 
 
 def _digest(image: Image.Image) -> str:
