@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
-from tqdm import tqdm
 
 from metautils.data import tree
 from metautils.data.images import damage_told, read_each, read_rgb
 from metautils.files import DataError
+from metautils.progress import progress_bar
 
 PARTS = ("train", "validation", "test")
 SHARE = 0.2  # of a class, for validation and for test each
@@ -172,8 +172,7 @@ def _check_classes(path: Path, sets: dict[str, Images]) -> None:
 
 def _read_all(files: Sequence[str], progress: bool) -> tuple[dict[str, str], tuple[str, ...]]:
     """A hash of every picture's pixels, and notes on those that had to be converted."""
-    bar = tqdm(files, desc="read images", disable=not progress, leave=False)
-    rows = read_each(_read, bar)
+    rows = read_each(_read, progress_bar(files, show=progress, desc="read images"))
     contents = {file: content for file, (content, _) in zip(files, rows, strict=True)}
     odd = [(file, mode) for file, (_, mode) in zip(files, rows, strict=True) if mode not in PLAIN]
     return contents, tuple(f"{file} is of mode {mode} and is read as RGB." for file, mode in odd)
