@@ -12,8 +12,8 @@ from tqdm import tqdm
 SPARING = 10.0  # seconds between two lines in a file
 
 
-def progress_bar(items: Iterable | None = None, *, show: bool = True, **told: Any) -> tqdm:
-    """A bar on stderr that disappears at its end.
+def progress_bar(items: Iterable | None = None, *, show: bool = True, **told: Any) -> Any:
+    """A bar of tqdm on stderr that disappears at its end.
 
     Args:
         items: what is gone through.
