@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,7 +32,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-F, T = TypeVar("F"), TypeVar("T")
 
 
 def visible(name: str) -> bool:
@@ -87,7 +86,7 @@ def damage_told(file: str | Path | Image.Image) -> Iterator[None]:
         raise DataError(f"{file} is no readable image: mend or remove it ({why}).") from error
 
 
-def read_each(read: Callable[[F], T], files: Iterable[F]) -> list[T]:
+def read_each(read: Callable[[Any], Any], files: Iterable[Any]) -> list[Any]:
     """What `read` makes of each file.
 
     Raises:
