@@ -123,7 +123,14 @@ def test_episode_of_regression_needs_no_classes():
             {"support_y": torch.zeros(2, 4, 1)},
             r"support_y has shape \(2, 4, 1\) but support_x starts with \(2, 3\): give one",
         ),
-        ({"query_y": torch.zeros(2, 5)}, "query_y is torch.float32; labels must be torch.int64"),
+        (
+            {"query_y": torch.zeros(2, 5)},
+            r"query_y has shape \(2, 5\) and holds float targets.*give query_y\.unsqueeze\(-1\)",
+        ),
+        (
+            {"query_y": torch.zeros(2, 5, dtype=torch.int32)},
+            "query_y is torch.int32; labels must be torch.int64",
+        ),
         (
             {"query_y": torch.zeros(2, 5, 1, dtype=torch.int64)},
             r"query_y has shape \(2, 5, 1\) but query_x starts with \(2, 5\)",
