@@ -19,7 +19,7 @@ from helpers import ROOT
     reason="there is no GPU, and this torch is too old for a device that is written in Python",
 )
 def test_everything_runs_on_another_device():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2"]
     done = subprocess.run(
         [*command, str(ROOT / "tests" / "device_tests.py")],
         cwd=ROOT,
