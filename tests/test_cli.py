@@ -280,8 +280,9 @@ def test_rate_that_is_none(tmp_path, capsys, rate):
     assert "--lr" in capsys.readouterr().err
 
 
-def test_folder_whose_name_is_too_long(capsys):
+def test_folder_whose_name_is_too_long(tmp_path, capsys):
     says(capsys, ["data", 300 * "x"], "cannot be read (")
+    says(capsys, ["finetune", "--data", 300 * "x", "--out", tmp_path / "out"], "cannot be read (")
 
 
 def test_device_that_is_none(tmp_path, capsys):

@@ -85,7 +85,9 @@ def find(path: Path) -> Found:
         DataError: if there is no such folder, or a class is empty, or two folders are for one part,
             or the parts have no classes.
     """
-    if not path.is_dir():
+    with reading(path):
+        there = path.is_dir()
+    if not there:
         raise DataError(f"{path} is no folder: name one that holds a subfolder for each class.")
     top = _look(path, {path.resolve()})
     folders = _parts(top)
@@ -117,9 +119,8 @@ def _look(path: Path, above: set[Path]) -> _Folder:
             real = entry.resolve()
             if real not in above:
                 found.folders.append(_look(entry, above | {real}))
-        elif (
-            entry.suffix.lower() in suffixes() and not odd
-        ):  # a broken link is told when it is read
+        # A broken link is told when it is read.
+        elif entry.suffix.lower() in suffixes() and not odd:
             found.images.append(entry)
         else:
             found.others.append(entry)
