@@ -34,7 +34,7 @@ from ondevice import ROOT
 LIMIT = 480  # seconds for all
 LOGS = Path("runs") / "gpu"  # what the parts print
 CORES = os.cpu_count() or 1
-WORKERS = min(4, CORES)  # parts at a time
+WORKERS = min(8, CORES)  # parts at a time
 TOGETHER = ["tests", *ondevice.CHAPTERS]  # of these no speed is measured
 ALONE = ["record", *ondevice.BENCHMARKS]
 
@@ -90,10 +90,15 @@ def one(part: str, device: str, out: Path) -> int:
     return 0
 
 
+def search_path() -> str:
+    """The package's folder before whatever Python was told already, as for carried wheels."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def apart(part: str, device: str, out: Path, logs: Path, until: float) -> list[str]:
     """One part in a process of its own; its name, what became of it, and its seconds."""
     # A benchmark measures memory in processes of its own, which have to find the package too.
-    told = {"OMP_NUM_THREADS": str(max(1, CORES // WORKERS)), "PYTHONPATH": str(ROOT)}
+    told = {"OMP_NUM_THREADS": str(max(1, CORES // WORKERS)), "PYTHONPATH": search_path()}
     began = time.monotonic()
     if began >= until:
         return [part, "no time left", "0"]
