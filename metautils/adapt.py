@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,9 @@ class Adapted:
         >>> f = Adapted(net, {name: 2 * p for name, p in net.named_parameters()}, buffers={})
         >>> torch.allclose(f(x), 2 * net(x))
         True
+        >>> own = f.as_module()  # an nn.Linear: to save, to copy, to train on
+        >>> torch.equal(own.state_dict()["weight"], 2 * net.weight)
+        True
     """
 
     def __init__(
@@ -61,6 +65,18 @@ class Adapted:
         output = functional_call(self.module, state, args, kwargs)
         self.buffers = {name: state[name] for name in self.buffers}
         return output
+
+    def as_module(self) -> nn.Module:
+        """A copy of the module whose own parameters are phi, and whose buffers are this task's.
+
+        It is a module as any other, with its `state_dict`; no gradient leads back to theta.
+        """
+        module = copy.deepcopy(self.module)
+        own = dict([*module.named_parameters(), *module.named_buffers()])
+        with torch.no_grad():
+            for name, x in {**self.parameters, **self.buffers}.items():
+                own[name].copy_(x)
+        return module
 
     def detach_(self) -> None:
         """Forget how parameters and state came about: later steps do not lead back beyond here.
@@ -99,17 +115,19 @@ class Optimizer(Protocol):
 
 
 class SGD:
-    """Gradient descent, `phi <- phi - lr * v` with `v <- momentum * v + gradient`.
+    """Gradient descent, `phi <- phi - lr * v` with `v <- momentum * v + gradient`, as in torch.
 
     Args:
         lr: alpha, above 0: a number or a tensor for all parameters, or a tensor for each by name,
             of the parameter's shape or a scalar. A list holds one such rate for every step. A
             tensor that requires a gradient is learned, and may become negative; the lists and
             dictionaries of `torch.nn` will do, and `_` for each dot of a name, as they allow none.
-        momentum: in [0, 1); the velocity starts at 0, as in torch.
+        momentum: in [0, 1); the velocity starts at 0.
+        weight_decay: times phi is added to the gradient, at least 0.
+        nesterov: step by `gradient + momentum * v`.
 
     Raises:
-        ValueError: if a rate that is not learned is 0 or below, or momentum is out of range.
+        ValueError: if a rate that is not learned is 0 or below, or another number out of range.
 
     Example:
         >>> net, x = nn.Linear(2, 1, bias=False), torch.ones(3, 2)  # the gradient of f(x) is 1
@@ -118,19 +136,31 @@ class SGD:
         True
     """
 
-    def __init__(self, lr: Rates, momentum: float = 0.0) -> None:
+    def __init__(
+        self,
+        lr: Rates,
+        momentum: float = 0.0,
+        *,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; it must be at least 0 and below 1.")
-        self.lr, self.momentum = _checked(lr), momentum
+        self.lr, self.momentum, self.nesterov = _checked(lr), momentum, nesterov
+        self.weight_decay = _checked_decay(weight_decay)
 
     def step(
         self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
     ) -> tuple[Named, dict]:
         """Inner step number `k`, counted from 0: new parameters and state."""
-        v = gradients
+        gradients = _decayed(gradients, phi, self.weight_decay)
+        v = along = gradients
         if self.momentum and state:
-            v = {name: self.momentum * state["v"][name] + g for name, g in gradients.items()}
-        return {name: p - _rate(self.lr, name, k) * v[name] for name, p in phi.items()}, {"v": v}
+            v = along = {name: self.momentum * state["v"][name] + g for name, g in v.items()}
+        if self.nesterov:
+            along = {name: g + self.momentum * v[name] for name, g in gradients.items()}
+        new = {name: p - _rate(self.lr, name, k) * along[name] for name, p in phi.items()}
+        return new, {"v": v}
 
 
 class Adam:
@@ -140,9 +170,11 @@ class Adam:
         lr: as in `SGD`.
         betas: decay of the averages of the gradient and of its square, each in [0, 1).
         eps: added to the root of the second average.
+        weight_decay: times phi is added to the gradient, at least 0.
+        decoupled: scale phi by `1 - lr * weight_decay` instead (AdamW, Loshchilov and Hutter 2019).
 
     Raises:
-        ValueError: if a rate that is not learned is 0 or below, or a beta is out of range.
+        ValueError: if a rate that is not learned is 0 or below, or another number out of range.
 
     Example:
         >>> net, x = nn.Linear(2, 1, bias=False), torch.ones(3, 2)
@@ -156,31 +188,88 @@ class Adam:
         lr: Rates,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        *,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
     ) -> None:
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas}; both must be at least 0 and below 1.")
         self.lr, self.betas, self.eps = _checked(lr), betas, eps
+        self.weight_decay, self.decoupled = _checked_decay(weight_decay), decoupled
 
     def step(
         self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
     ) -> tuple[Named, dict]:
         """Inner step number `k`, counted from 0: new parameters and state."""
+        rates = {name: _rate(self.lr, name, k) for name in phi}
+        if self.decoupled and self.weight_decay:
+            phi = {name: p * (1 - rates[name] * self.weight_decay) for name, p in phi.items()}
+        else:
+            gradients = _decayed(gradients, phi, self.weight_decay)
         zeros = {name: torch.zeros_like(g) for name, g in gradients.items()}
         (b1, b2), m, v = self.betas, state.get("m", zeros), state.get("v", zeros)
         m = {name: b1 * m[name] + (1 - b1) * g for name, g in gradients.items()}
         v = {name: b2 * v[name] + (1 - b2) * g.square() for name, g in gradients.items()}
         c1, c2 = 1 - b1 ** (k + 1), 1 - b2 ** (k + 1)
         new = {
-            name: p - _rate(self.lr, name, k) * (m[name] / c1) / (_root(v[name] / c2) + self.eps)
+            name: p - rates[name] * (m[name] / c1) / (_root(v[name] / c2) + self.eps)
             for name, p in phi.items()
         }
         return new, {"m": m, "v": v}
 
 
+class _Grouped:
+    """The parameter groups of an optimiser of torch, each moved by a rule of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+        names = {id(p): name for name, p in module.named_parameters()}
+        self.groups = []
+        for k, group in enumerate(optimizer.param_groups):
+            inside = [names[id(p)] for p in group["params"] if id(p) in names]
+            if len(inside) < len(group["params"]):
+                raise ValueError(
+                    f"Group {k} of {type(optimizer).__name__} holds parameters that the module "
+                    "has not: make the optimiser of module.parameters()."
+                )
+            if (rule := _rule(type(optimizer), group)) is not None:
+                self.groups.append((inside, rule))
+
+    def step(
+        self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
+    ) -> tuple[Named, dict]:
+        new, after = dict(phi), {}
+        for i, (names, rule) in enumerate(self.groups):
+            own = {name: phi[name] for name in names if name in phi}
+            part = {name: gradients[name] for name in own}
+            moved, after[i] = rule.step(own, part, state.get(i, {}), k, loss)
+            new |= moved
+        return new, after
+
+
+def _rule(kind: type, group: Mapping[str, Any]) -> SGD | Adam | None:
+    """What moves a parameter group; None for a rate of 0, with which it stays."""
+    odd = [key for key in ("dampening", "maximize", "amsgrad") if group.get(key)]
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) or odd:
+        told = f"{kind.__name__} with {odd[0]}={group[odd[0]]}" if odd else kind.__name__
+        raise ValueError(
+            f"{told} makes no inner steps here: use SGD, Adam or AdamW of torch.optim without "
+            "dampening, maximize and amsgrad, or write a step of your own (metautils.adapt."
+            "Optimizer)."
+        )
+    lr, decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, float | int) and lr == 0:
+        return None
+    if kind is torch.optim.SGD:
+        return SGD(lr, group["momentum"], weight_decay=decay, nesterov=group["nesterov"])
+    # What Adam of a recent torch has as an option, AdamW always does.
+    decoupled = group.get("decoupled_weight_decay", kind is torch.optim.AdamW)
+    return Adam(lr, group["betas"], group["eps"], weight_decay=decay, decoupled=decoupled)
+
+
 def inner_steps(
     module: nn.Module,
     loss: Callable[[Adapted], Tensor],
-    optimizer: Optimizer,
+    optimizer: Optimizer | torch.optim.Optimizer,
     *,
     first_order: bool = False,
     only: Collection[str] = (),
@@ -196,7 +285,9 @@ def inner_steps(
     Args:
         module: any module; it is left as it was, buffers included.
         loss: of the adapted module, a scalar, such as `lambda f: F.mse_loss(f(x), y)`.
-        optimizer: `SGD` or `Adam` of this file, or a learned one.
+        optimizer: `SGD` or `Adam` of this file, a learned one, or an SGD, Adam or AdamW of
+            `torch.optim` over the module's parameters. Of this last the options of every group
+            count, not what it remembers; parameters in none of its groups stay as they are.
         first_order: treat the inner gradient as a constant (FOMAML), which is cheaper. Otherwise
             attention is computed by its plain kernel (`SDPBackend.MATH`) and recurrent layers
             without cuDNN: the fused ones have no second derivative.
@@ -208,13 +299,16 @@ def inner_steps(
     Raises:
         ValueError: if the module has no parameter to adapt or all are frozen, the loss is not a
             scalar or a parameter takes no part in it, the module's parameters change between two
-            steps, or `clip` is not positive.
+            steps, `clip` is not positive, or the optimiser is another one of torch or of others'
+            parameters.
     """
     if clip is not None and clip <= 0:
         raise ValueError(f"clip is {clip}; a norm must be above 0.")
     theta, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     names = _names(theta, only)
     recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = _Grouped(optimizer, module)
     f = Adapted(module, theta, _cloned(buffers))
     while True:
         yield f
@@ -231,7 +325,7 @@ def inner_steps(
 def adapt(
     module: nn.Module,
     loss: Callable[[Adapted], Tensor],
-    optimizer: Optimizer,
+    optimizer: Optimizer | torch.optim.Optimizer,
     steps: int = 1,
     **options: Any,
 ) -> Adapted:
@@ -444,6 +538,10 @@ def _clipped(gradients: Named, most: float) -> Named:
     return {name: scale * g for name, g in gradients.items()}
 
 
+def _decayed(gradients: Named, phi: Named, decay: float) -> Named:
+    return {n: g + decay * phi[n] for n, g in gradients.items()} if decay else gradients
+
+
 def _root(x: Tensor) -> Tensor:
     # The root's derivative at 0 is infinite, and times 0 it is not a number: a gradient of
     # exactly 0, as behind a dead ReLU, would spoil the whole meta-gradient.
@@ -471,6 +569,12 @@ def _checked(lr: Rates) -> Rates:
             if not learned and not bool((torch.as_tensor(rate, device="cpu") > 0).all()):
                 raise ValueError(f"The inner rate is {rate}; it must be above 0.")
     return lr
+
+
+def _checked_decay(decay: float) -> float:
+    if decay < 0:
+        raise ValueError(f"weight_decay is {decay}; it must be at least 0.")
+    return decay
 
 
 def _obstacle(name: str, layer: nn.Module) -> str | None:

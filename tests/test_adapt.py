@@ -1309,3 +1309,155 @@ def test_default_device_plays_no_part(kind):
     assert elsewhere(lambda: kind([0.1, torch.tensor(0.1, device="cpu")])).lr[0] == 0.1
     with pytest.raises(ValueError, match="must be above 0"):
         elsewhere(lambda: kind(0.0))
+
+
+# Optimisers of torch, and the adapted model as a module
+
+TORCH_OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "decay": (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.3}),
+    "nesterov": (
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3, "nesterov": True},
+    ),
+    "adam": (torch.optim.Adam, {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.3}),
+}
+EACH_OF_TORCH = pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+
+
+def of_torch(name, net, grouped):
+    """An optimiser as people have it: no decay on biases, and another rate for the last layer."""
+    kind, options = TORCH_OPTIMIZERS[name]
+    if not grouped:
+        return kind(net.parameters(), **options)
+    weights = [p for n, p in net.named_parameters() if n.endswith("weight")]
+    biases = [p for n, p in net.named_parameters() if n.endswith("bias")]
+    plain = {"params": biases, "weight_decay": 0.0}
+    return kind([{"params": weights[:-1]}, plain, {"params": weights[-1:], "lr": 0.02}], **options)
+
+
+@EACH_OF_TORCH
+@pytest.mark.parametrize("grouped", [False, True], ids=["one group", "groups"])
+@pytest.mark.parametrize("make", [conv_net, small_mlp])
+def test_an_optimiser_of_torch_makes_the_steps_that_torch_makes(name, grouped, make):
+    net, (x, y, *_) = make(), one_task() if make is conv_net else curve()
+    theirs = copy.deepcopy(net)
+    optimizer = of_torch(name, theirs, grouped)
+    for _ in range(4):
+        optimizer.zero_grad()
+        fit(x, y)(theirs).backward()
+        optimizer.step()
+    before = state_of(net)
+    f = adapt(net, fit(x, y), of_torch(name, net, grouped), 4)
+    assert relative(flat(f.parameters.values()), flat(theirs.parameters())) < 1e-12
+    assert untouched(net, before)
+
+
+@EACH_OF_TORCH
+def test_meta_gradient_through_an_optimiser_of_torch(name):
+    net, data = small_mlp(), curve()
+
+    def loss():
+        return meta_loss(net, of_torch(name, net, True), 3, data)
+
+    assert slope_error(loss, list(net.parameters())) < 1e-7
+
+
+@pytest.mark.parametrize("vectorise", [True, False], ids=["vmap", "loop"])
+def test_an_optimiser_of_torch_over_tasks(vectorise):
+    net = small_mlp()
+    optimizer = of_torch("nesterov", net, True)
+    batches = [torch.stack(each) for each in zip(curve(0), curve(1), strict=True)]
+
+    def task(x, y, qx, qy):
+        return meta_loss(net, optimizer, 2, (x, y, qx, qy))
+
+    found = over_tasks(task, net, *batches, vectorise=vectorise)
+    alone = torch.stack([task(*curve(seed)) for seed in (0, 1)])
+    assert relative(found.detach(), alone.detach()) < 1e-12
+
+
+def test_what_is_in_no_group_or_has_rate_0_stays():
+    net, (x, y, *_) = small_mlp(), curve()
+    first, *others = net.parameters()
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": others[:1], "lr": 0.0}], lr=0.1)
+    f = adapt(net, fit(x, y), optimizer, 3)
+    moved = [not torch.equal(f.parameters[name], p) for name, p in net.named_parameters()]
+    assert moved == [True] + [False] * len(others)
+
+
+def test_what_an_optimiser_remembers_is_not_taken_over():
+    net, (x, y, *_) = small_mlp(), curve()
+    optimizer = of_torch("nesterov", net, False)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    start = state_of(net)
+    optimizer.step()
+    net.load_state_dict(start)
+    fresh = of_torch("nesterov", net, False)
+    one, other = (adapt(net, fit(x, y), each, 2).parameters for each in (optimizer, fresh))
+    assert torch.equal(flat(one.values()), flat(other.values()))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda p: torch.optim.RMSprop(p), "RMSprop makes no inner steps here: use SGD, Adam"),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=0.5), "SGD with dampening=0.5"),
+        (lambda p: torch.optim.Adam(p, amsgrad=True), "Adam with amsgrad=True"),
+        (lambda p: torch.optim.AdamW(p, maximize=True), "AdamW with maximize=True"),
+        (lambda p: torch.optim.SGD(small_mlp().parameters(), 0.1), "that the module has not"),
+    ],
+)
+def test_optimisers_of_torch_that_cannot_be_had(make, told):
+    net, (x, y, *_) = small_mlp(), curve()
+    with pytest.raises(ValueError, match=told):
+        adapt(net, fit(x, y), make(net.parameters()))
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_weight_decay_must_not_be_negative(kind):
+    with pytest.raises(ValueError, match="weight_decay is -1"):
+        kind(0.1, weight_decay=-1)
+
+
+def adapted_with_memory():
+    """What has shared and frozen parameters, running statistics and a buffer that is not saved."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 4))
+    net[3].weight = net[2].weight
+    net[0].bias.requires_grad_(False)
+    net.register_buffer("seen", torch.zeros(2), persistent=False)
+    net.double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 4
+    return net, adapt(net, lambda f: F.cross_entropy(f(x), y), SGD(0.5), 3), x
+
+
+def test_the_adapted_model_as_a_module_answers_the_same(tmp_path):
+    net, f, x = adapted_with_memory()
+    before = state_of(net)
+    own = f.as_module().eval()
+    saved = tmp_path / "adapted.pt"
+    torch.save(own.state_dict(), saved)
+    again = copy.deepcopy(net).eval()
+    again.load_state_dict(torch.load(saved, weights_only=True))
+    net.eval()
+    wanted = f(x)
+    for each in (own, again, copy.deepcopy(own)):
+        assert type(each) is nn.Sequential
+        assert torch.equal(each(x), wanted)
+    assert not torch.equal(own[1].running_mean, net[1].running_mean)
+    assert untouched(net, before)
+
+
+def test_the_adapted_model_as_a_module_is_a_model_of_its_own():
+    net, f, x = adapted_with_memory()
+    own, phi = f.as_module(), flat(f.parameters.values()).detach().clone()
+    assert own[3].weight is own[2].weight and not own[0].bias.requires_grad
+    assert all(p.is_leaf and p.grad is None for p in own.parameters())
+    optimizer = torch.optim.SGD(own.parameters(), 0.1)
+    own(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(flat(f.parameters.values()), phi)
+    assert all(p.grad is None for p in net.parameters())
