@@ -110,11 +110,11 @@ def table(
     title: str, k: int, found: dict[str, list[list[Evaluation]]], minutes: dict[str, float]
 ) -> dict[str, Any]:
     """Everybody in test `k`, and the paired difference to the first row."""
-    rows = []
-    several = len(found["Prototypical"]) > 1
+    rows, base = [], next(iter(found.values()))
+    several = len(base) > 1
     for method, runs in found.items():
         every = torch.stack([scores[k].per_episode for scores in runs]).double()
-        first = torch.stack([s[k].per_episode for s in found["Prototypical"]]).double()
+        first = torch.stack([scores[k].per_episode for scores in base]).double()
         more = every - first
         seeds = [", ".join(f"{a:.2f}" for a in every.mean(1))] if several else []
         accuracy = f"{every.mean():.2f} ± {interval95(every.mean(0)):.2f}"

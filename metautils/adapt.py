@@ -340,12 +340,15 @@ def adapt(
 
 
 def over_tasks(
-    task: Callable[..., Tensor], module: nn.Module, *batches: Tensor, vectorise: bool
-) -> Tensor:
+    task: Callable[..., Tensor | tuple[Tensor, ...]],
+    module: nn.Module,
+    *batches: Tensor,
+    vectorise: bool,
+) -> Tensor | tuple[Tensor, ...]:
     """Run `task` on every row of the batches and stack the results: by vmap, or one by one.
 
     Args:
-        task: written for one task.
+        task: written for one task; gives a tensor, or a tuple of tensors.
         module: what it adapts.
         batches: tensors whose first dimension counts the tasks.
         vectorise: all tasks at once by `torch.vmap`, or in a loop; equal to rounding.
@@ -356,7 +359,10 @@ def over_tasks(
     """
     if not vectorise:
         rows = zip(*(map(_channels_last, batch) for batch in batches), strict=True)
-        return torch.stack([task(*row) for row in rows])  # (tasks, ...)
+        found = [task(*row) for row in rows]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found)  # (tasks, ...)
+        return tuple(map(torch.stack, zip(*found, strict=True)))  # (tasks, ...) each
     if obstacle := vmap_obstacle(module):
         raise ValueError(obstacle)
     with for_vmap(

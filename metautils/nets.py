@@ -45,9 +45,73 @@ class BatchNorm(nn.Module):
         if self.fused and self.reference is None and several:
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         var, mean = torch.var_mean(x[: self.reference], dim=(0, 2, 3), correction=0)  # (channels,)
+        return self._scaled(x, mean, var)
+
+    def _scaled(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return x * scale[:, None, None] + shift[:, None, None]  # (channels, 1, 1)
+
+
+class StepBatchNorm(BatchNorm):
+    """Batch normalisation that has running statistics for each inner step (MAML++).
+
+    It normalises by the batch at hand and, in training mode, remembers the batch's mean and
+    variance under the number of inner steps made (Antoniou et al. 2019, section 4). With
+    `remembered` it normalises by what it remembers of that number instead, so that images do not
+    see one another.
+
+    Args:
+        channels: of the feature maps.
+        steps: inner steps in training; later ones count as the last.
+
+    Attributes:
+        step: the inner steps that the parameters have behind them, see `set_step`.
+        remembered: see above.
+        momentum: share of a batch, of one task, in the running statistics.
+
+    Shapes:
+        `(n, channels, h, w)` to the same.
+
+    Example:
+        >>> norm = StepBatchNorm(4, steps=2)
+        >>> x = norm(2 + torch.rand(8, 4, 5, 5))
+        >>> norm.mean[0] > 0.02, norm.mean[1]  # 2.5, a hundredth of it
+        (tensor([True, True, True, True]), tensor([0., 0., 0., 0.]))
+    """
+
+    momentum = 0.01
+
+    def __init__(self, channels: int, steps: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("mean", torch.zeros(steps + 1, channels))
+        self.register_buffer("var", torch.ones(steps + 1, channels))
+        self.step, self.remembered = 0, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each channel, then scale and shift it."""
+        k = min(self.step, len(self.mean) - 1)
+        if self.remembered:
+            return self._scaled(x, self.mean[k], self.var[k])
+        if self.training:
+            self._remember(x, k)
+        return super().forward(x)
+
+    @torch.no_grad()
+    def _remember(self, x: Tensor, k: int) -> None:
+        x = x.to(self.mean.dtype)  # half precision has too few digits for averages
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)  # (channels,)
+        now = (torch.arange(len(self.mean), device=x.device) == k)[:, None]  # (steps + 1, 1)
+        # Not in place: under vmap every task has its own.
+        self.mean = torch.where(now, self.mean.lerp(mean, self.momentum), self.mean)
+        self.var = torch.where(now, self.var.lerp(var, self.momentum), self.var)
+
+
+def set_step(net: nn.Module, step: int, remembered: bool = False) -> None:
+    """Set the attributes of every `StepBatchNorm` in a network."""
+    for layer in net.modules():
+        if isinstance(layer, StepBatchNorm):
+            layer.step, layer.remembered = step, remembered
 
 
 def batch_norm_mode(net: nn.Module, fused: bool, reference: int | None = None) -> None:

@@ -40,7 +40,7 @@ from metautils.learners.maml import FOMAML, MAML
 from metautils.learners.meta_lstm import MetaLSTM
 from metautils.learners.meta_sgd import MetaSGD
 from metautils.learners.reptile import Reptile
-from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, mlp
+from metautils.nets import BatchNorm, Conv4, StepBatchNorm, batch_norm_mode, classifier, mlp
 from metautils.train import meta_train
 
 LEARNERS = [MAML, FOMAML, ANIL, MetaSGD, Reptile]
@@ -323,6 +323,186 @@ def test_reptile_shows_what_it_would_predict(transductive):
             learner.net, lambda f, k=k: F.cross_entropy(f(x[k]), y[k]), learner.optimizer(), 2
         )
         torch.testing.assert_close(found, learner._predict(f, e.support_x[k], e.query_x[k]))
+
+
+# The parts of MAML++
+
+
+def parts_of_maml_pp(steps=3, kind=MAML, **options):
+    """A learner with all of them, in the middle of the annealing."""
+    given = {"learned_rates": True, "multi_step_loss": 10} | options
+    learner = conv(kind, steps, norm=partial(StepBatchNorm, steps=steps), **given)
+    if learner.multi_step_loss:
+        learner.meta_steps += 4
+    return learner
+
+
+@pytest.mark.parametrize("kind", [MAML, ANIL])
+@pytest.mark.parametrize("steps", [1, 3])
+@VECTORISE
+def test_meta_gradient_of_maml_pp_by_finite_differences(kind, steps, vectorise):
+    learner = parts_of_maml_pp(steps, kind, vectorise=vectorise)
+    e = images_to_learn()
+    assert slope_error(lambda: learner.meta_loss(e)[0], list(learner.parameters())) < 1e-8
+
+
+@pytest.mark.parametrize("kind", [MAML, FOMAML, ANIL])
+def test_loop_equals_vmap_in_maml_pp(kind):
+    e, found = images_to_learn(tasks=3), []
+    for vectorise in (True, False):
+        learner = parts_of_maml_pp(kind=kind, vectorise=vectorise)
+        loss, predictions = learner.meta_loss(e)
+        slope = gradient(loss, list(learner.parameters()))
+        tested = predict(learner.eval(), e)
+        kept = [x for name, x in learner.net.named_buffers()]
+        found.append((flat([loss]), flat([predictions]), slope, flat([tested]), flat(kept)))
+    for one, other in zip(*found, strict=True):
+        assert relative(one, other) < 1e-12
+
+
+@VECTORISE
+def test_multi_step_loss_is_the_weighted_sum_over_the_steps(vectorise):
+    learner = conv(MAML, 3, multi_step_loss=10, vectorise=vectorise)
+    e = images_to_learn()
+    plain = conv(MAML, 3, vectorise=vectorise)
+    after = plain.after_steps(e.support_x, e.support_y, e.query_x, [1, 2, 3])
+    losses = [plain.loss(after[:, k], e.query_y) for k in range(3)]
+    for meta_step, weights in (
+        (0, [1 / 3, 1 / 3, 1 / 3]),
+        (5, [1 / 6, 1 / 6, 2 / 3]),
+        (10, [0, 0, 1]),
+        (99, [0, 0, 1]),
+    ):
+        learner.meta_steps.fill_(meta_step)
+        assert learner.step_weights() == pytest.approx(weights)
+        loss, predictions = learner.meta_loss(e)
+        expected = sum(w * each for w, each in zip(weights, losses, strict=True))
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(predictions, after[:, -1])
+    learner.meta_steps.fill_(0)
+    torch.testing.assert_close(learner.eval().meta_loss(e)[0], losses[-1])
+
+
+def test_meta_steps_are_counted_once_an_episode_and_kept():
+    learner = small(MAML, steps=2, multi_step_loss=4)
+    meta_train(learner, blob_tasks(tasks=3), 3, progress=False)
+    assert learner.state_dict()["meta_steps"] == 3
+    assert learner.step_weights() == pytest.approx([1 / 8, 7 / 8])
+
+
+def test_learned_rates_start_alike_and_part():
+    """One for each tensor and step, each with a meta-gradient of its own."""
+    learner, e = conv(MAML, 3, learned_rates=True), images_to_learn()
+    same = conv(MAML, 3)
+    same.lr = float(learner.rates[0]["head_bias"].detach())  # 0.1 in single precision
+    torch.testing.assert_close(predict(learner, e), predict(same, e), rtol=1e-12, atol=1e-12)
+    names = [name.replace(".", "_") for name, _ in learner.net.named_parameters()]
+    assert [set(each) for each in learner.rates] == [set(names)] * 3
+    slopes = torch.autograd.grad(learner.meta_loss(e)[0], list(learner.rates.parameters()))
+    assert len({round(float(s), 12) for s in slopes if s.abs() > 1e-9}) > 20
+    with torch.no_grad():
+        learner.rates[2]["head_bias"] += 0.1
+    assert relative(predict(learner, e), predict(same, e)) > 1e-3
+
+
+@VECTORISE
+def test_statistics_of_a_step_are_those_of_batches_at_that_step(vectorise):
+    """Of support sets at phi_0 and phi_1, of queries at phi_2: a share of the mean over tasks."""
+    steps = 2
+    learner = small(MAML, partial(StepBatchNorm, steps=steps), steps=steps, vectorise=vectorise)
+    e = blob_tasks(tasks=3).sample()
+    convolution, norm = learner.net.embed[0], learner.net.embed[1]
+    plain = small(MAML, steps=steps)
+    wanted_mean, wanted_var = torch.zeros(steps + 1, 8), torch.ones(steps + 1, 8)
+    for k in range(steps + 1):
+        means, variances = [], []
+        for x, y, q in zip(e.support_x, e.support_y, e.query_x, strict=True):
+            options = {"optimizer": plain.optimizer(), "steps": k}
+            f = adapt(plain.net, lambda f, x=x, y=y: F.cross_entropy(f(x), y), **options)
+            own = {
+                n.removeprefix("embed.0."): p for n, p in f.parameters.items() if "embed.0." in n
+            }
+            seen = torch.func.functional_call(convolution, own, (q if k == steps else x,))
+            means.append(seen.mean((0, 2, 3)))
+            variances.append(seen.var((0, 2, 3), correction=0))
+        share = 1 - (1 - StepBatchNorm.momentum) ** e.tasks
+        wanted_mean[k] = share * torch.stack(means).mean(0)
+        wanted_var[k] = 1 - share + share * torch.stack(variances).mean(0)
+    learner(e.support_x, e.support_y, e.query_x)
+    torch.testing.assert_close(norm.mean, wanted_mean.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(norm.var, wanted_var.detach(), rtol=1e-4, atol=1e-6)
+
+
+@VECTORISE
+def test_with_statistics_of_each_step_queries_do_not_see_one_another(vectorise):
+    learner = parts_of_maml_pp(vectorise=vectorise)
+    e = images_to_learn()
+    assert not learner.transductive
+    assert relative(one_by_one(learner, e), predict(learner, e)) > 1e-3  # in training they do
+    learner.eval()
+    torch.testing.assert_close(one_by_one(learner, e), predict(learner, e))
+
+
+def test_queries_are_normalised_by_the_statistics_of_their_step():
+    learner, e = parts_of_maml_pp().eval(), images_to_learn()
+    tensors = e.support_x, e.support_y, e.query_x
+    with torch.no_grad():
+        before = learner.after_steps(*tensors, range(4))
+    for k in range(4):
+        changed = copy.deepcopy(learner)
+        changed.net.embed.blocks[0][1].mean[k] += 1
+        with torch.no_grad():
+            after = changed.after_steps(*tensors, range(4))
+        moved = [relative(after[:, j], before[:, j]) > 1e-6 for j in range(4)]
+        assert moved == [j == k for j in range(4)]
+
+
+def test_statistics_are_the_same_for_all_tasks_at_once_and_one_after_another():
+    found = []
+    for vectorise in (True, False):
+        norm = partial(StepBatchNorm, steps=2)
+        learner, e = small(MAML, norm, steps=2, vectorise=vectorise), blob_tasks(tasks=8).sample()
+        for _ in range(20):
+            list(learner.pieces(e))
+        found.append(flat(x for name, x in learner.net.named_buffers()))
+    assert relative(*found) < 0.02
+
+
+def test_maml_pp_leaves_no_trace_of_an_evaluation_and_resumes(tmp_path):
+    def make():
+        norm = partial(StepBatchNorm, steps=2)
+        return small(MAML, norm, steps=2, learned_rates=True, multi_step_loss=8)
+
+    learner = make()
+    before = weights_of(learner)
+    train_on_blobs(learner, tmp_path / "first")
+    changed = [name for name, x in learner.state_dict().items() if not torch.equal(x, before[name])]
+    assert {"meta_steps", "rates.0.head_weight", "net.embed.1.mean"} <= set(changed)
+    check_that_evaluation_leaves_no_trace(learner)
+    check_that_a_stopped_training_resumes(make, 15, tmp_path)
+    assert learner.extra_repr() != small(MAML, steps=2).extra_repr()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: small(MAML, steps=2, test_steps=3, learned_rates=True), "test_steps=3 is above"),
+        (lambda: small(MAML, multi_step_loss=-1), "multi_step_loss is -1"),
+        (lambda: small(Reptile, partial(StepBatchNorm, steps=1)), "Reptile keeps no running"),
+    ],
+)
+def test_parts_of_maml_pp_that_do_not_fit(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [(MetaSGD, "learned_rates"), (Reptile, "learned_rates"), (Reptile, "multi_step_loss")],
+)
+def test_what_a_method_has_no_use_for_is_no_option_of_it(kind, option):
+    with pytest.raises(TypeError, match=option):
+        small(kind, **{option: 1})
 
 
 # Frozen parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,24 @@ from torch.nn.modules.conv import _ConvNd
 from metautils.adapt import SGD, Adam, Adapted, adapt, inner_steps, over_tasks, vmap_obstacle
 from metautils.episode import Episode
 from metautils.learners.base import Learner, Method, Preset, Problem, task_loss
-from metautils.nets import BatchNorm, Conv4, batch_norm_mode, classifier, features_of
+from metautils.nets import (
+    BatchNorm,
+    Conv4,
+    StepBatchNorm,
+    batch_norm_mode,
+    classifier,
+    features_of,
+    set_step,
+)
 from metautils.precision import all_digits
 
 
 class MAML(Learner):
     """`phi = theta - lr * grad L_support(theta)`, some steps of it; then predict with phi.
 
-    The inner step is in section 2.2 of the paper; training through it is its algorithm 2.
+    The inner step is in section 2.2 of the paper; training through it is its algorithm 2. Of MAML++
+    (Antoniou et al. 2019, section 4) there are `learned_rates`, `multi_step_loss` and, as a layer
+    of the network, `metautils.nets.StepBatchNorm`.
 
     Args:
         net: theta lives here; for classification its outputs are the logits of all ways.
@@ -30,7 +41,11 @@ class MAML(Learner):
         only: adapt only these submodules or parameters.
         transductive: normalise the queries of a task by their own batch, as in the paper, so
             that they help one another. Otherwise by the statistics of the support set. No matter
-            for a network without `BatchNorm`.
+            for a network without `BatchNorm`, or with `StepBatchNorm`.
+        learned_rates: learn a rate for each parameter tensor and inner step, from `lr` on; then
+            there are no more steps in evaluation mode than in training.
+        multi_step_loss: in so many of the first meta-steps the query loss after *every* inner step
+            counts, at first alike, then more and more the last one's, which is alone at the end.
         vectorise: all tasks at once by vmap; if None, what was measured to be faster, and one by
             one where a layer is known not to be for vmap, such as `nn.LSTM` or `nn.Dropout`.
 
@@ -58,6 +73,8 @@ class MAML(Learner):
         first_order: bool = False,
         only: Collection[str] = (),
         transductive: bool = True,
+        learned_rates: bool = False,
+        multi_step_loss: int = 0,
         vectorise: bool | None = None,
     ) -> None:
         super().__init__()
@@ -65,17 +82,31 @@ class MAML(Learner):
         SGD(lr)  # told here, not at the first task
         if steps < 1 or (test_steps is not None and test_steps < 0):
             raise ValueError(f"steps={steps}, test_steps={test_steps}: at least 1 and 0 are needed")
+        if learned_rates and (test_steps or 0) > steps:
+            raise ValueError(
+                f"test_steps={test_steps} is above steps={steps}: with learned_rates there are "
+                "rates for the steps of training only."
+            )
+        if multi_step_loss < 0:
+            raise ValueError(f"multi_step_loss is {multi_step_loss}; it must be at least 0.")
         self.net, self.lr, self.steps = net, lr, steps
         self.test_steps = steps if test_steps is None else test_steps
         self.options = {"first_order": first_order, "only": only}
-        norms = any(isinstance(layer, BatchNorm) for layer in net.modules())
+        kept = [name for name, x in net.named_modules() if isinstance(x, StepBatchNorm)]
+        self.statistics = [f"{name}.{which}" for name in kept for which in ("mean", "var")]
+        norms = not kept and any(isinstance(layer, BatchNorm) for layer in net.modules())
         self.transductive, self.from_support = norms and transductive, norms and not transductive
         self.vectorise = vectorise
+        self.rates, self.multi_step_loss = None, multi_step_loss
+        if learned_rates:
+            self.rates = nn.ModuleList(_scalars(net, lr) for _ in range(steps))
+        if multi_step_loss:
+            self.register_buffer("meta_steps", torch.tensor(0))
         self.ways: int | None = None  # outputs of the net, seen at the first task
 
     def optimizer(self) -> SGD | Adam:
         """What makes the inner steps."""
-        return SGD(self.lr)
+        return SGD(self.lr if self.rates is None else self.rates)
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Predictions for the queries after the inner steps on the support set."""
@@ -85,14 +116,31 @@ class MAML(Learner):
 
     def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """The scalar whose gradient trains theta, and the predictions for the queries."""
-        predictions = self(episode.support_x, episode.support_y, episode.query_x)
-        return self.loss(predictions, episode.query_y), predictions
+        x, y, queries = episode.support_x, episode.support_y, episode.query_x
+        weights = self.step_weights() if self.training else [1.0]
+        if len(weights) == 1 or not weights[0]:  # only what is predicted in the end counts
+            predictions = self(x, y, queries)
+            return self.loss(predictions, episode.query_y), predictions
+        after = self.after_steps(x, y, queries, range(1, self.steps + 1))  # (tasks, steps, Q, ...)
+        losses = [self.loss(after[:, k], episode.query_y) for k in range(self.steps)]
+        return sum(w * each for w, each in zip(weights, losses, strict=True)), after[:, -1]
+
+    def step_weights(self) -> list[float]:
+        """How much the query loss after each of the inner steps counts; they add up to 1."""
+        shared = 0.0
+        if self.multi_step_loss:
+            shared = max(0.0, 1 - int(self.meta_steps) / self.multi_step_loss)
+        weights = [shared / self.steps] * self.steps
+        weights[-1] += 1 - shared
+        return weights
 
     def pieces(self, episode: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """`meta_loss`, task by task where tasks are run one by one: each frees its graph."""
         for part in episode.parts(None if self._vectorised else 1):
             loss, predictions = self.meta_loss(part)
             yield loss * (part.tasks / episode.tasks), predictions, part.query_y
+        if self.multi_step_loss:
+            self.meta_steps += 1
 
     def after_steps(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, after: Sequence[int]
@@ -101,15 +149,37 @@ class MAML(Learner):
         if not support_y.is_floating_point():
             self._check_labels(support_x, support_y)
 
-        def task(x: Tensor, y: Tensor, queries: Tensor) -> Tensor:
-            path = inner_steps(
-                self.net, lambda f: task_loss(f(x), y), self.optimizer(), **self.options
-            )
-            steps = zip(range(max(after) + 1), path, strict=False)
-            # of one task: (len(after), Q, ...)
-            return torch.stack([self._predict(f, x, queries) for k, f in steps if k in after])
+        def task(x: Tensor, y: Tensor, queries: Tensor) -> tuple[Tensor, ...]:
+            found = []
+            for f in islice(self.path(x, y), max(after) + 1):
+                if f.k in after:
+                    set_step(self.net, f.k, remembered=not self.training)
+                    found.append(self._predict(f, x, queries))
+            # of one task: (len(after), Q, ...), then each of the statistics
+            return torch.stack(found), *(f.buffers[name] for name in self.statistics)
 
-        return self._over_tasks(task, support_x, support_y, query_x)
+        predictions, *statistics = self._over_tasks(task, support_x, support_y, query_x)
+        if self.training:
+            self._remember(statistics)
+        return predictions
+
+    @torch.no_grad()
+    def _remember(self, statistics: Sequence[Tensor]) -> None:
+        """Running statistics, from what each task made of them, `(tasks, steps + 1, channels)`."""
+        for name, each in zip(self.statistics, statistics, strict=True):
+            kept = self.net.get_buffer(name)
+            # All tasks at once weigh as much as they would one after another.
+            moved = 1 - (1 - StepBatchNorm.momentum) ** len(each)
+            kept += moved / StepBatchNorm.momentum * (each.mean(0) - kept)
+
+    def path(self, support_x: Tensor, support_y: Tensor) -> Iterator[Adapted]:
+        """The network after 0, 1, 2, ... inner steps on *one* task's support set, without end."""
+
+        def loss(f: Adapted) -> Tensor:
+            set_step(self.net, f.k)
+            return task_loss(f(support_x), support_y)
+
+        return inner_steps(self.net, loss, self.optimizer(), **self.options)
 
     @torch.no_grad()
     def _check_labels(self, support_x: Tensor, support_y: Tensor) -> None:
@@ -143,6 +213,12 @@ class MAML(Learner):
     def extra_repr(self) -> str:
         """The settings, so that a checkpoint knows its learner."""
         told = {"lr": self.lr, "steps": self.steps, "transductive": self.transductive}
+        if self.rates is not None:
+            told["learned_rates"] = True
+        if self.multi_step_loss:
+            told["multi_step_loss"] = self.multi_step_loss
+        if self.statistics:
+            told["statistics"] = "each step's"
         return ", ".join(f"{name}={value}" for name, value in (told | self.options).items())
 
     @property
@@ -172,6 +248,13 @@ class FOMAML(MAML):
         super().__init__(net, lr, steps, first_order=True, **options)
 
 
+def _scalars(net: nn.Module, value: float) -> nn.ParameterDict:
+    """A scalar for every parameter of a network, under its name."""
+    return nn.ParameterDict(
+        {name.replace(".", "_"): p.new_tensor(value) for name, p in net.named_parameters()}
+    )
+
+
 def _check_norms(net: nn.Module, keeps_statistics: bool) -> None:
     if not any(True for _ in net.parameters()):
         raise ValueError("The network has no parameters, so there is nothing to adapt.")
@@ -183,11 +266,13 @@ def _check_norms(net: nn.Module, keeps_statistics: bool) -> None:
             )
 
 
-def on_strided_conv4(learner: Callable[..., MAML], **options: object) -> Callable[[Problem], MAML]:
+def on_strided_conv4(
+    learner: Callable[..., MAML], norm: Callable[[int], nn.Module] = BatchNorm, **options: object
+) -> Callable[[Problem], MAML]:
     """A learner that adapts the strided network of Finn et al. 2017."""
 
     def make(problem: Problem) -> MAML:
-        body = Conv4(problem.image[0], strided=True, norm=BatchNorm)
+        body = Conv4(problem.image[0], strided=True, norm=norm)
         net = classifier(body, features_of(body, problem.image), problem.ways)
         return learner(net, **options, transductive=problem.transductive)
 

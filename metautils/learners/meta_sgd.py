@@ -28,7 +28,7 @@ class MetaSGD(MAML):
     """
 
     def __init__(self, net: nn.Module, lr: float = 0.4, steps: int = 1, **options: object) -> None:
-        super().__init__(net, lr, steps, **options)
+        super().__init__(net, lr, steps, learned_rates=False, **options)
         self.rates = nn.ParameterList(torch.full_like(p, lr) for p in net.parameters())
 
     def optimizer(self) -> SGD:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from metautils.adapt import Adam, adapt
 from metautils.episode import Episode
+from metautils.errors import BadArgument
 from metautils.learners.base import Method, task_loss
 from metautils.learners.maml import MAML, PRESETS, on_strided_conv4
 
@@ -31,7 +32,13 @@ class Reptile(MAML):
     """
 
     def __init__(self, net: nn.Module, lr: float = 1e-3, steps: int = 8, **options: object) -> None:
-        super().__init__(net, lr, steps, first_order=True, **options)
+        super().__init__(
+            net, lr, steps, first_order=True, learned_rates=False, multi_step_loss=0, **options
+        )
+        if self.statistics:
+            raise BadArgument(
+                "Reptile keeps no running statistics: build the network with BatchNorm."
+            )
 
     def optimizer(self) -> Adam:
         """Adam without momentum."""
