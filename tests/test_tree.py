@@ -120,6 +120,7 @@ def test_part_without_folders_of_classes_is_none(tmp_path):
         (["train/a/0.png", "train/b/", "test/a/0.png"], "train/b holds no image: add some or rem"),
         (["a/0.png", "b/"], "b holds no image: add some or remove the folder"),
         (["a/0.png", "b/empty/", "b/.gitkeep"], "b holds no image: add some or remove the folder"),
+        (["a/0.png", "b/0.CR3", "b/1.cr3"], "b holds no image that can be read, such as JPE"),
         (["set/a/0.png", "set/b/0.png", "lost/"], "lost holds no image: add some or remove"),
     ],
 )
@@ -162,6 +163,13 @@ def test_parts_in_which_classes_recur_are_parts_whatever_lies_beside_them(tmp_pa
     assert "has 4 file(s) that do not end like an image, or lie in no class" in (
         tree.find(tmp_path).note
     )
+
+
+def test_three_parts_of_other_classes_are_parts_whatever_lies_beside_them(tmp_path):
+    split(tmp_path, "train")
+    lay(tmp_path, "val/c/0.png", "val/d/0.png", "test/e/0.png", "test/f/0.png", "samples/0.png")
+    assert names(tmp_path) == {"train": ["a", "b"], "validation": ["c", "d"], "test": ["e", "f"]}
+    assert "passed over: samples/0.png." in tree.find(tmp_path).note
 
 
 @pytest.mark.parametrize(
@@ -255,13 +263,21 @@ def test_folder_of_files_without_an_image_is_passed_over_with_a_note(tmp_path, l
 
 
 @pytest.mark.parametrize(
-    "folders", [("train", "test"), ("Training", "valid", "my_test"), ("train/x", "val/y/z")]
+    "folders",
+    [
+        ("train", "test"),
+        ("Training", "valid", "my_test"),
+        ("train/x", "val/y/z"),
+        ("images/train", "images/test"),
+    ],
 )
 def test_parts_below_the_classes_are_the_split(tmp_path, folders):
     lay(tmp_path, *(f"{name}/{folder}/{name}.png" for name in "ab" for folder in folders))
     lay(tmp_path, "labels/a.txt")
     assert parts(tmp_path) == {
-        tree.part_of(folder.split("/")[0]): {name: [f"{name}/{folder}/{name}.png"] for name in "ab"}
+        tree.part_of(folder.removeprefix("images/").split("/")[0]): {
+            name: [f"{name}/{folder}/{name}.png"] for name in "ab"
+        }
         for folder in folders
     }
     assert tree.find(tmp_path).split

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from metautils.data.images import suffixes, visible
+from metautils.data.images import UNREAD, suffixes, visible
 from metautils.files import DataError, listed, reading
 
 # A folder that has one of these words in its name may be a part of a split.
@@ -81,10 +81,14 @@ class _Folder:
         return sorted(found, key=lambda file: (file.parent.as_posix(), file.name))
 
     def kind(self) -> str:
-        """What it holds, at whatever depth: "images", other "files" alone, or "nothing"."""
+        """What it holds, at whatever depth: "images", other "files" alone, or "nothing".
+
+        Photographs that cannot be read are nothing: a class of them must not be passed over.
+        """
         if any(each.images for each in self.below()):
             return "images"
-        return "files" if any(each.others for each in self.below()) else "nothing"
+        others = (file for each in self.below() for file in each.others)
+        return "files" if any(x.suffix.lower() not in UNREAD for x in others) else "nothing"
 
     def of(self, kind: str) -> list[_Folder]:
         """The folders in it of this kind."""
@@ -107,8 +111,8 @@ def find(path: Path) -> Found:
     """Look through a folder of `CLASS/IMAGE`, of `PART/CLASS/IMAGE` or of `CLASS/PART/IMAGE`.
 
     Folders are parts if they are named like parts, there is one to train on, they hold folders of
-    images, and either nothing lies beside them or these folders recur from part to part; a folder
-    that holds images is a class, whatever its name.
+    images, and either nothing lies beside them, or these folders recur from part to part, or there
+    are all three parts. A folder that holds images beside classes is a class, whatever its name.
 
     Raises:
         DataError: if there is no such folder, or a class is empty, or two folders are for one part,
@@ -180,8 +184,8 @@ def _parts(top: _Folder) -> dict[str, _Folder]:
             )
         return {}
     names = {part: {x.name for x in each.filled()} for part, each in parts.items()}
-    # A stray image beside the classes of a part does not make a class of it.
-    if beside and not any(names["train"] & names[part] for part in parts if part != "train"):
+    recur = any(names["train"] & names[part] for part in parts if part != "train")
+    if beside and not recur and len(parts) < len(WORDS):
         _check_class(top.path, [held[part][0] for part in parts], names, beside)
         return {}
     _check_one_each(top.path, held)
@@ -221,7 +225,8 @@ def _check_one_part(path: Path, found: set[str | None]) -> None:
 
 def _part(folder: _Folder) -> Part:
     for each in folder.of("nothing"):
-        raise DataError(f"{each.path} holds no image: add some or remove the folder.")
+        such = " that can be read, such as JPEG or PNG" if each.others else ""
+        raise DataError(f"{each.path} holds no image{such}: add some or remove the folder.")
     return Part(folder.path, {each.name: each.all_images() for each in folder.filled()})
 
 
@@ -241,9 +246,11 @@ def _by_class(top: _Folder) -> dict[str, Part]:
 
 
 def _parts_of_class(folder: _Folder) -> dict[str | None, _Folder]:
-    """Those that it holds, if it holds nothing else."""
-    row = {part_of(each.name): each for each in folder.filled()}
-    return {} if None in row or folder.images or len(row) < len(folder.filled()) else row
+    """Those that it holds, if it holds nothing else, in `CLASS/images/train` too."""
+    inner = folder.only()
+    held = inner if inner and part_of(inner.name) is None else folder
+    row = {part_of(each.name): each for each in held.filled()}
+    return {} if None in row or held.images or len(row) < len(held.filled()) else row
 
 
 def _note(whole: _Folder, used: set[Path], unlike: list[_Folder]) -> str:
