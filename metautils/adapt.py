@@ -295,7 +295,7 @@ def for_vmap(module: nn.Module, advice: str, rows: int) -> Iterator[None]:
         stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
         mode = _ScaledOutside()
-        for layer in module.modules():
+        for layer in filter(_may_normalise, module.modules()):
             stack.callback(layer.register_forward_pre_hook(mode.enter, prepend=True).remove)
             stack.callback(layer.register_forward_hook(mode.leave, always_call=True).remove)
         try:
@@ -304,6 +304,12 @@ def for_vmap(module: nn.Module, advice: str, rows: int) -> Iterator[None]:
             if not (said := _of_vmap(str(error), rows)):
                 raise
             raise ValueError(f"This cannot be vectorised ({said}): {advice}") from error
+
+
+def _may_normalise(layer: nn.Module) -> bool:
+    """Whether its `forward` may call a normalisation: those of most layers of torch do not."""
+    normalises = isinstance(layer, nn.LayerNorm | nn.GroupNorm | _NormBase)
+    return normalises or not type(layer).__module__.startswith("torch.nn.")
 
 
 # Where torch's normalisations take their weight and bias.
@@ -318,7 +324,8 @@ class _ScaledOutside(TorchFunctionMode):
     """Torch's normalisations without weight and bias, which are applied to what they return.
 
     Where a kernel scales as well, its second derivative under `vmap` is wrong, `group_norm` apart.
-    In the `forward` of layers alone: a mode sees all that torch does, a tenth of a small step.
+    In the `forward` of layers alone: a mode sees all that torch does, which costs a tenth of a
+    small step.
     """
 
     depth = 0  # of layers in layers
