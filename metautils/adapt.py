@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-
-from metautils.nets import BatchNorm
+from torch.overrides import TorchFunctionMode
 
 Named = dict[str, Tensor]
 Rate = float | Tensor | Mapping[str, Tensor] | nn.ParameterDict
@@ -395,15 +394,10 @@ def for_vmap(module: nn.Module, advice: str, rows: int) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
-        for layer in module.modules():
-            if isinstance(layer, nn.GroupNorm):
-                # In torch 2.9 and older, vmap knows none of images in channels-last layout.
-                hook = layer.register_forward_pre_hook(
-                    lambda _, x: tuple(y.contiguous() for y in x)
-                )
-                stack.callback(hook.remove)
-            elif isinstance(layer, nn.LayerNorm) and layer.weight is not None:
-                stack.callback(layer.register_forward_hook(_scaled_outside).remove)
+        mode = _ScaledOutside()
+        for layer in filter(_may_normalise, module.modules()):
+            stack.callback(layer.register_forward_pre_hook(mode.enter, prepend=True).remove)
+            stack.callback(layer.register_forward_hook(mode.leave, always_call=True).remove)
         try:
             yield
         except RuntimeError as error:
@@ -412,10 +406,66 @@ def for_vmap(module: nn.Module, advice: str, rows: int) -> Iterator[None]:
             raise ValueError(f"This cannot be vectorised ({said}): {advice}") from error
 
 
-def _scaled_outside(layer: nn.LayerNorm, inputs: tuple[Tensor], _: Tensor) -> Tensor:
-    # Torch's kernel is right under vmap but for its second derivative where it scales as well.
-    x = layer.weight * F.layer_norm(inputs[0], layer.normalized_shape, eps=layer.eps)
-    return x if layer.bias is None else x + layer.bias
+def _may_normalise(layer: nn.Module) -> bool:
+    """Whether its `forward` may call a normalisation: those of most layers of torch do not."""
+    normalises = isinstance(layer, nn.LayerNorm | nn.GroupNorm | _NormBase)
+    return normalises or not type(layer).__module__.startswith("torch.nn.")
+
+
+# Where torch's normalisations take their weight and bias.
+_SCALES = {
+    F.layer_norm: (2, 3), F.batch_norm: (3, 4), F.instance_norm: (3, 4), F.group_norm: (2, 3),
+    torch.layer_norm: (2, 3), torch.batch_norm: (1, 2), torch.instance_norm: (1, 2),
+    torch.group_norm: (2, 3),
+}  # fmt: skip
+
+
+class _ScaledOutside(TorchFunctionMode):
+    """Torch's normalisations without weight and bias, which are applied to what they return.
+
+    Where a kernel scales as well, its second derivative under `vmap` is wrong, `group_norm` apart.
+    In the `forward` of layers alone: a mode sees all that torch does, which costs a tenth of a
+    small step.
+    """
+
+    depth = 0  # of layers in layers
+
+    def enter(self, *_: Any) -> None:
+        """A hook before `forward`, and before other hooks, as `leave` is called in any case."""
+        if not self.depth:
+            self.__enter__()
+        self.depth += 1
+
+    def leave(self, *_: Any) -> None:
+        """A hook after `forward`."""
+        self.depth -= 1
+        if not self.depth:
+            self.__exit__(None, None, None)
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function not in _SCALES:
+            return function(*args, **(kwargs or {}))
+        args, kwargs, scale = [*args], {**(kwargs or {})}, []
+        if "group" in function.__name__ and args:
+            # In torch 2.9 and older, vmap knows none of images in channels-last layout.
+            args[0] = args[0].contiguous()
+        for name, place in zip(("weight", "bias"), _SCALES[function], strict=True):
+            held, key = (args, place) if place < len(args) else (kwargs, name)
+            scale.append(held[key] if held is args else kwargs.get(name))
+            held[key] = None
+        return _scaled(function(*args, **kwargs), *scale, last="layer" in function.__name__)
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, last: bool) -> Tensor:
+    """Scaled and shifted, along the last dimensions or by channel."""
+    if not last:
+        # (channels,) to (channels, 1, ...), beside (n, channels, ...)
+        shape = (-1, *[1] * (x.dim() - 2))
+        weight, bias = (y if y is None else y.view(shape) for y in (weight, bias))
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
 
 
 @contextmanager
@@ -444,7 +494,7 @@ def _of_vmap(words: str, rows: int) -> str:
         return "it takes numbers out of a tensor, as .tolist() does; no inner loop allows .numpy()"
     # In place, what the tasks share would have to become as many tensors as there are tasks.
     shapes = re.search(r"shape \[(.*)\] doesn't match the broadcast shape \[(\d+), \1\]", words)
-    if "inplace" in words or (shapes and int(shapes[2]) == rows):
+    if "inplace" in words or "in place" in words or (shapes and int(shapes[2]) == rows):
         return "it changes a tensor in place that the tasks share"
     of_vmap = words.startswith("vmap: ") or "atching rule not implemented" in words
     return f"torch says: {words.splitlines()[0].rstrip('.')}" if of_vmap else ""
@@ -592,16 +642,9 @@ def _obstacle(name: str, layer: nn.Module) -> str | None:
         )
     if isinstance(layer, nn.RNNBase | nn.RNNCellBase | nn.RReLU):
         return f"{where} cannot be vectorised, as vmap runs no such layer: give vectorise=False."
-    if isinstance(layer, nn.LayerNorm) and type(layer).forward is not nn.LayerNorm.forward:
+    if isinstance(layer, _NormBase) and layer.training and layer.running_mean is not None:
         return (
-            f"{where} cannot be vectorised: the second derivative of torch's layer normalisation "
-            "is wrong under vmap. Use torch.nn.LayerNorm itself, or vectorise=False."
-        )
-    fused = isinstance(layer, BatchNorm) and layer.fused
-    if fused or (isinstance(layer, _NormBase) and (layer.training or layer.running_mean is None)):
-        return (
-            f"{where} cannot be vectorised: it writes running statistics, or its second "
-            "derivative under vmap is wrong. Use metautils.nets.BatchNorm, not fused, or "
-            "vectorise=False."
+            f"{where} cannot be vectorised, as it writes running statistics: use metautils.nets."
+            "BatchNorm, or track_running_stats=False, or give vectorise=False."
         )
     return None

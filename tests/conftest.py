@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.suffix != ".ipynb", not item.get_closest_marker("book")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """On tensors as small as these, threads wait for one another longer than they work."""
+    import torch  # not above, as collecting the book's tests needs none of it
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the checkout."""

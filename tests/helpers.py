@@ -32,9 +32,6 @@ from metautils.nets import classifier
 from metautils.sampling import EpisodeSampler
 from metautils.train import History, meta_train
 
-# On tensors as small as these, threads wait for one another longer than they work.
-torch.set_num_threads(1)
-
 ROOT = Path(__file__).parents[1]
 
 RAGGED = [0, 0, 0, 1, 2, 2]  # labels of a support set whose classes differ in size

@@ -539,7 +539,7 @@ def says(capsys, arguments, sentence):
     ("data", "more", "sentence"),
     [
         ("gone", (), "gone is no folder: name one that holds a subfolder for each class"),
-        ("one", (), r"one has 1 subfolder\(s\): a classifier needs two or more"),
+        ("one", (), r"one has 1 subfolder\(s\) of images: a classifier needs two or more"),
         ("bad", (), r"bad/red/x\.jpg is no readable image: mend or remove it"),
         ("good", ("--weights", "gone.pt"), r"gone\.pt does not exist"),
         ("good", ("--weights", "good/red/0.png"), r"good/red/0\.png is damaged, or not written"),

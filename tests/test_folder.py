@@ -111,6 +111,27 @@ def test_images_of_a_class_are_put_together_where_all_parts_have_it(tmp_path):
     assert folder.bank(root, IMAGE_SIZE).counts.tolist() == [4] * 8
 
 
+def test_parts_below_the_classes_are_parts(tmp_path):
+    root = fill(tmp_path, **{f"{name}/{part}": 2 for part in ("train", "test") for name in "ab"})
+    assert folder.bank(root, IMAGE_SIZE).counts.tolist() == [4, 4]
+    fill(root, **{"c/train": 2})
+    told_in_one_line(lambda: folder.bank(root, IMAGE_SIZE), "train and test below the classes")
+
+
+def test_class_named_train_beside_classes(tmp_path):
+    root = fill(tmp_path, **{"bus": 2, "car": 2, "train/a": 2, "train/b": 1})
+    with pytest.warns(UserWarning, match="has 1 folder.* named like a part and read as a class: t"):
+        bank = folder.bank(root, IMAGE_SIZE)
+    assert (bank.names, bank.counts.tolist()) == (("bus", "car", "train"), [2, 2, 3])
+
+
+def test_folder_of_files_is_no_class(tmp_path):
+    root = fill(tmp_path, **{"set/a": 2, "set/b": 1, "set/docs": 0})
+    (root / "set" / "docs" / "notes.txt").write_text("words")
+    with pytest.warns(UserWarning, match="that hold files and no image, .* passed over: set/docs"):
+        assert folder.bank(root, IMAGE_SIZE).names == ("a", "b")
+
+
 def test_images_in_subfolders_are_of_the_class(tmp_path):
     root = fill(tmp_path, **{"a": 2, "a/more": 3, "b/deep/er": 1})
     assert folder.bank(root, IMAGE_SIZE).counts.tolist() == [5, 1]
@@ -163,14 +184,19 @@ def test_no_folder(tmp_path):
 
 
 def test_folder_without_classes(tmp_path):
-    refuses(tmp_path, "has no subfolder: put the images of each class into one")
+    refuses(tmp_path, "has no subfolder of images: put those of each class into one")
     Image.new("L", (4, 4)).save(tmp_path / "loose.png")
-    refuses(tmp_path, "has no subfolder: put the images of each class into one")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.none").write_text("")
+    refuses(
+        tmp_path,
+        r"has no subfolder of images: put those of each class into one\. .* passed over: loose\.png"
+        r"\. .* that hold files and no image, and are passed over: a",
+    )
 
 
 def test_empty_class_is_named(tmp_path):
     fill(tmp_path, full=2, bare=0)
-    (tmp_path / "bare" / "notes.txt").write_text("")
     refuses(tmp_path, "bare holds no image: add some or remove the folder")
 
 

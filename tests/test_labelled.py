@@ -167,9 +167,29 @@ def test_folders_of_a_split_are_no_classes(tmp_path, names):
     assert files(split.test) == set(map(str, tmp_path.glob(f"{names[1]}/*/*.png")))
 
 
-def test_class_may_be_named_train(tmp_path):
-    split = labelled.load(fill(tmp_path, bus=3, car=3, train=3))
+@pytest.mark.parametrize("name", ["train", "train/x"])
+def test_class_may_be_named_train(tmp_path, name):
+    split = labelled.load(fill(tmp_path, bus=3, car=3, **{name: 3}))
     assert split.train.classes == ["bus", "car", "train"]
+    assert ("read as a class: train" in " ".join(split.notes)) is ("/" in name)
+
+
+def test_parts_below_the_classes_stay_as_they_are(tmp_path):
+    fill(tmp_path, **{f"{name}/{part}": 4 for part in ("train", "test") for name in "ab"})
+    split = labelled.load(tmp_path)
+    assert split.train.classes == split.validation.classes == split.test.classes == ["a", "b"]
+    assert files(split.test) == set(map(str, tmp_path.glob("*/test/*.png")))
+    assert len(split.train.digests() | split.validation.digests()) == 8
+    told_in_one_line(lambda: Images(tmp_path), "has train and test in it: read it with metautils")
+
+
+def test_folder_around_the_classes_and_folders_of_files_are_passed_over(tmp_path):
+    fill(tmp_path, **{"set/set/a": 3, "set/set/b": 3, "set/set/labels": 0})
+    (tmp_path / "set" / "set" / "labels" / "a.txt").write_text("words")
+    split = labelled.load(tmp_path)
+    assert split.train.classes == Images(tmp_path).classes == ["a", "b"]
+    (note,) = split.notes
+    assert note.endswith("that hold files and no image, and are passed over: set/set/labels.")
 
 
 def test_bad_images_are_told_all_at_once(tmp_path):
@@ -355,8 +375,13 @@ def animated(name):
         ),
         pytest.param(
             few(**{"train/a": 4, "train/b": 4, "val/a": 4, "val/b": 4}),
-            "set has train/ and no test/: add images to test on, or put the classes",
+            "set has images for train and validation and none for test: add a test folder, or put",
             id="no test",
+        ),
+        pytest.param(
+            few(**{"a/train": 4, "b/train": 4, "a/val": 4, "b/val": 4}),
+            "set has images for train and validation and none for test: add a test folder, or put",
+            id="no test below the classes",
         ),
         pytest.param(
             leak("test/a/z.bmp"),

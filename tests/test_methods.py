@@ -11,6 +11,7 @@ from helpers import OWN_METHOD, blobs, own_method, tiny_body, told_in_one_line, 
 from metautils import methods, pretrained
 from metautils.episode import Episode
 from metautils.evaluate import evaluate
+from metautils.learners import baseline
 from metautils.learners.base import Problem
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
@@ -44,14 +45,22 @@ def test_presets_are_sound(method, name):
     assert predictions.isfinite().all()
 
 
-@pytest.mark.parametrize("method", methods.known())
-@pytest.mark.parametrize("size", [28, 32, 64, 84])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_of_every_size_are_learned_from(monkeypatch, method, size, channels):
-    """A whole learner answers a tiny task, and each of its pieces sends gradients back."""
+def small(monkeypatch, method, problem):
+    """The learner of a method, with a tiny body if that is pretrained, and of two inner steps."""
     monkeypatch.setattr(pretrained, "FEATURES", 8)
     monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
-    learner = methods.known()[method].make(Problem(torch.Size([channels, size, size]), 2, 2))
+    monkeypatch.setattr(baseline, "STEPS", 2)
+    learner = methods.known()[method].make(problem)
+    for name in {"steps", "test_steps"} & vars(learner).keys():
+        setattr(learner, name, min(2, getattr(learner, name)))
+    return learner
+
+
+@pytest.mark.parametrize("method", methods.known())
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (28, 3), (32, 3), (64, 1), (84, 3)])
+def test_images_of_every_size_are_learned_from(monkeypatch, method, size, channels):
+    """A whole learner answers a tiny task, and each of its pieces sends gradients back."""
+    learner = small(monkeypatch, method, Problem(torch.Size([channels, size, size]), 2, 2))
     labels = torch.arange(2)[None]
     support, queries = torch.rand(2, 1, 2, channels, size, size)
     predictions = learner(support, labels, queries)
@@ -66,10 +75,8 @@ def test_images_of_every_size_are_learned_from(monkeypatch, method, size, channe
 @pytest.mark.parametrize("method", methods.known())
 def test_float64_is_kept_where_it_is_the_default(monkeypatch, float64, method):
     """From the images to the predictions, in training and evaluation."""
-    monkeypatch.setattr(pretrained, "FEATURES", 8)
-    monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
     bank = blobs(classes=3, images=4, size=28)
-    learner = methods.known()[method].make(Problem(torch.Size([1, 28, 28]), 3, 3))
+    learner = small(monkeypatch, method, Problem(torch.Size([1, 28, 28]), 3, 3))
     episodes = EpisodeSampler(bank, 3, 1, 1, tasks=2, rotate=True)
     e = episodes.sample()
     assert e.support_x.dtype == torch.float64

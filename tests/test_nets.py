@@ -219,7 +219,7 @@ def test_batch_norm_under_vmap_is_right_to_second_order():
 
 
 def test_kernel_of_torch_under_vmap_is_wrong_at_second_order():
-    """Why `BatchNorm` has a form without the kernel, and `over_tasks` refuses `nn.BatchNorm2d`."""
+    """Why `BatchNorm` has a form without the kernel, and `over_tasks` scales outside of it."""
     _, theirs, x = pair()
     error = vmap_error(theirs, x.view(2, 3, 3, 4, 4))
     if error < 1e-12:

@@ -7,9 +7,11 @@ from helpers import LABELS, RAGGED, Largest, task, together_and_alone
 from torch import nn
 
 from metautils.data.bank import NUMBERS_AT_ONCE
+from metautils.errors import BadArgument
 from metautils.learners import protonet
 from metautils.learners.protonet import (
     ProtoNet,
+    class_sums,
     cosine,
     euclidean,
     prototypes,
@@ -94,6 +96,35 @@ def test_prototypes_are_means_and_carry_gradient():
     means.sum().backward()
     share = 1 / torch.tensor(RAGGED).bincount()[y[0]].float()
     torch.testing.assert_close(x.grad[0], share[:, None].expand(-1, 5))
+
+
+@pytest.mark.parametrize("of", [prototypes, class_sums])
+@pytest.mark.parametrize("ways", [None, 3])
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([[0, 0, 2, 2]], "Class 1 has no support image in task 0"),
+        ([[0, 1, 2, 2], [0, 1, 1, 0]], "Class 2 has no support image in task 1"),
+        ([[0, 1, -1, 2]], "support_y holds the label -1; count from 0"),
+        ([[0.0, 1.0, 2.0]], r"support_y is torch\.float32 of shape \(1, 3\); give int64 labels"),
+        ([0, 1, 2], r"support_y is torch\.int64 of shape \(3,\); give int64 labels"),
+    ],
+)
+def test_labels_that_leave_a_class_without_a_mean_are_told(of, ways, labels, told):
+    labels = torch.tensor(labels)
+    with pytest.raises(BadArgument, match=f"^{told}") as caught:
+        of(torch.rand(*labels.shape, 4), labels, ways)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("of", [prototypes, class_sums])
+@pytest.mark.parametrize("ways", [0, 2, 4])
+def test_other_ways_than_the_labels_make_are_told(of, ways):
+    x, y, _ = task(RAGGED)
+    told = rf"^The labels run to 2, which makes 3 ways, but ways is {ways}: give ways=3, or label"
+    with pytest.raises(BadArgument, match=told):
+        of(x, y, ways)
+    assert torch.equal(of(x, y, 3), of(x, y))
 
 
 def test_loss_sends_gradient_to_every_support_image():

@@ -118,11 +118,200 @@ def test_part_without_folders_of_classes_is_none(tmp_path):
         (["train/a/0.png", "test1/a/0.png", "test2/a/0.png"], "test1/ and test2/, both for test"),
         (["train/0.png", "test/0.png"], "train is named like a part, and holds images but no fold"),
         (["train/a/0.png", "train/b/", "test/a/0.png"], "train/b holds no image: add some or rem"),
-        (["a/0.png", "b/x.txt"], "b holds no image: add some or remove the folder"),
+        (["a/0.png", "b/"], "b holds no image: add some or remove the folder"),
+        (["a/0.png", "b/empty/", "b/.gitkeep"], "b holds no image: add some or remove the folder"),
+        (["a/0.png", "b/0.CR3", "b/1.cr3"], "b holds no image that can be read, such as JPE"),
+        (["set/a/0.png", "set/b/0.png", "lost/"], "lost holds no image: add some or remove"),
     ],
 )
 def test_what_is_wrong_is_told(tmp_path, files, sentence):
     told_in_one_line(lambda: tree.find(lay(tmp_path, *files)), sentence)
+
+
+# Parts or classes
+
+
+@pytest.mark.parametrize("name", ["train", "test", "val", "Training set"])
+@pytest.mark.parametrize("folders", ["a", "ab"])
+def test_class_may_be_named_like_a_part_and_hold_its_images_in_folders(tmp_path, name, folders):
+    lay(tmp_path, "bus/0.png", "car/0.png", *(f"{name}/{x}/0.png" for x in folders))
+    assert names(tmp_path) == {"train": sorted(["bus", "car", name])}
+    assert parts(tmp_path)["train"][name] == [f"{name}/{x}/0.png" for x in folders]
+    assert tree.find(tmp_path).note == (
+        f"{tmp_path} has 1 folder(s) that are named like a part and read as a class: {name}."
+    )
+
+
+def test_classes_may_be_named_train_and_test_where_no_class_recurs_in_them(tmp_path):
+    lay(tmp_path, "bus/0.png", "car/0.png", "train/by day/0.png", "test/in rain/0.png")
+    assert names(tmp_path) == {"train": ["bus", "car", "test", "train"]}
+    assert "has 2 folder(s) that are named like a part and read as a class: test, train." in (
+        tree.find(tmp_path).note
+    )
+
+
+def test_one_class_beside_a_train_of_one_folder(tmp_path):
+    """As a part to train on, it would have a single class."""
+    lay(tmp_path, "bus/0.png", "train/by day/0.png")
+    assert names(tmp_path) == {"train": ["bus", "train"]}
+
+
+def test_parts_in_which_classes_recur_are_parts_whatever_lies_beside_them(tmp_path):
+    split(tmp_path, "train", "test")
+    lay(tmp_path, "train/cover.png", "samples/0.png", "more/1.png", "more/x/2.png")
+    assert names(tmp_path) == {"train": ["a", "b"], "test": ["a", "b"]}
+    assert "has 4 file(s) that do not end like an image, or lie in no class" in (
+        tree.find(tmp_path).note
+    )
+
+
+def test_three_parts_of_other_classes_are_parts_whatever_lies_beside_them(tmp_path):
+    split(tmp_path, "train")
+    lay(tmp_path, "val/c/0.png", "val/d/0.png", "test/e/0.png", "test/f/0.png", "samples/0.png")
+    assert names(tmp_path) == {"train": ["a", "b"], "validation": ["c", "d"], "test": ["e", "f"]}
+    assert "passed over: samples/0.png." in tree.find(tmp_path).note
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (
+            ["train/a/0.png", "train/b/0.png", "new/0.png"],
+            "has folders of images in train/, which may be a part or a class, beside new/: rename",
+        ),
+        (
+            ["train/a/0.png", "bus/a/0.png", "car/a/0.png"],
+            "in train/, which may be a part or a class, beside bus/",
+        ),
+        (
+            ["train/a/0.png", "train/b/0.png", "val/c/0.png", "val/d/0.png", "x/0.png", "y/0.png"],
+            "in train/ and val/, which may be a part or a class, beside x/: rename .* or move away",
+        ),
+    ],
+)
+def test_what_may_be_a_part_or_a_class_is_told(tmp_path, files, sentence):
+    told_in_one_line(lambda: tree.find(lay(tmp_path, *files)), sentence)
+
+
+# Folders around and below
+
+
+@pytest.mark.parametrize("above", ["set", "set/set", "train", "archive/train/images"])
+@pytest.mark.parametrize("beside", ["", "README.txt", "labels/0.txt", "__MACOSX/set/._0.png"])
+def test_folder_that_holds_nothing_but_one_folder_is_read_through(tmp_path, above, beside):
+    root = split(tmp_path / "plain", above)
+    if beside:
+        lay(root, beside)
+    assert names(root) == {"train": ["a", "b"]}
+    assert tree.find(root).parts["train"].path == root / above
+    root = split(tmp_path / "parts", f"{above}/train", f"{above}/test", classes="abc")
+    lay(root, f"{above}/cover.png")
+    if beside:
+        lay(root, beside)
+    assert names(root) == {"train": ["a", "b", "c"], "test": ["a", "b", "c"]}
+    assert (beside.split("/")[0] in tree.find(root).note) is (beside[:2] != "__")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train/images", "test/images"),
+        ("train/train/images", "val/val/images", "test/test/images"),
+        ("train/x", "val/y", "test/z"),
+        ("train/images/train", "test/images/test"),
+        ("seg_train", "seg_test/seg_test"),
+    ],
+)
+@pytest.mark.parametrize("beside", ["", "labels/a/0.txt", "names.csv"])
+def test_folder_of_a_part_that_holds_nothing_but_one_folder_is_read_through(
+    tmp_path, folders, beside
+):
+    split(tmp_path, *folders)
+    if beside:
+        lay(tmp_path, *(f"{folder.split('/')[0]}/{beside}" for folder in folders))
+    found = names(tmp_path)
+    assert set(found) == {tree.part_of(folder.split("/")[0]) for folder in folders}
+    assert all(classes == ["a", "b"] for classes in found.values())
+
+
+def test_the_only_class_of_one_part_is_not_read_through(tmp_path):
+    lay(tmp_path, "train/a/x/0.png", "train/b/x/0.png", "test/a/x/0.png", "test/a/y/0.png")
+    assert names(tmp_path) == {"train": ["a", "b"], "test": ["a"]}
+
+
+def test_one_class_of_images_is_a_class(tmp_path):
+    lay(tmp_path, "a/0.png", "a/more/1.png")
+    assert parts(tmp_path) == {"train": {"a": ["a/0.png", "a/more/1.png"]}}
+
+
+@pytest.mark.parametrize("layout", ["{}", "train/{}", "set/{}"])
+def test_folder_of_files_without_an_image_is_passed_over_with_a_note(tmp_path, layout):
+    lay(tmp_path, *(layout.format(f"{name}/0.png") for name in "ab"))
+    if "train" in layout:
+        split(tmp_path, "test")
+    lay(tmp_path, *(layout.format(x) for x in ("annotations/a/0.xml", "annotations/list.txt")))
+    lay(tmp_path, layout.format("docs/x.pdf"), layout.format("a/meta/0.json"), "notes.txt")
+    assert all(classes == ["a", "b"] for classes in names(tmp_path).values())
+    bare = sorted(layout.format(x) for x in ("annotations", "docs", "a/meta"))
+    note = tree.find(tmp_path).note
+    assert note.startswith(
+        f"{tmp_path} has 1 file(s) that do not end like an image, or lie in no class, and are "
+        f"passed over: notes.txt. {tmp_path} has 3 folder(s) that hold files and no image, and "
+        "are passed over: "
+    )
+    assert sorted(note.rsplit(": ", 1)[1].rstrip(".").split(", ")) == bare
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("train", "test"),
+        ("Training", "valid", "my_test"),
+        ("train/x", "val/y/z"),
+        ("images/train", "images/test"),
+    ],
+)
+def test_parts_below_the_classes_are_the_split(tmp_path, folders):
+    lay(tmp_path, *(f"{name}/{folder}/{name}.png" for name in "ab" for folder in folders))
+    lay(tmp_path, "labels/a.txt")
+    assert parts(tmp_path) == {
+        tree.part_of(folder.removeprefix("images/").split("/")[0]): {
+            name: [f"{name}/{folder}/{name}.png"] for name in "ab"
+        }
+        for folder in folders
+    }
+    assert tree.find(tmp_path).split
+    assert tree.find(tmp_path).parts["train"].path == tmp_path
+
+
+def test_the_same_part_below_all_classes_is_no_split(tmp_path):
+    lay(tmp_path, "a/train/0.png", "b/train/0.png")
+    assert parts(tmp_path) == {"train": {"a": ["a/train/0.png"], "b": ["b/train/0.png"]}}
+    assert not tree.find(tmp_path).split
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["a/train/0.png", "a/test/0.png", "b/0.png"], "set has folders for train and test below"),
+        (["a/train/0.png", "a/test/0.png", "b/train/0.png"], "set has folders for train and test"),
+        (["a/train/0.png", "b/test/0.png"], "set has folders for train and test below the cl"),
+        (["a/train/0.png", "a/val/0.png", "b/train/0.png", "b/test/0.png"],
+         "set has folders for train and validation and test below"),
+        (["a/train/0.png", "a/test/0.png", "a/0.png", "b/train/0.png", "b/test/0.png"],
+         "set has folders for train and test below"),
+        (["a/train/0.png", "a/test/0.png", "a/x/0.png", "b/0.png"], "/a has folders for train an"),
+        (["a/test/0.png", "a/val/0.png", "b/0.png"], "/a has folders for validation and test bel"),
+        (["a/x/train/0.png", "a/x/test/0.png", "a/y/0.png", "b/0.png"], "/a/x has folders for tr"),
+        (["train/a/train/0.png", "train/a/test/0.png", "train/b/0.png", "test/a/0.png"],
+         "/train/a has folders for train and test below"),
+    ],
+)  # fmt: skip
+def test_images_to_train_on_and_to_test_on_are_never_put_together(tmp_path, files, told):
+    told_in_one_line(
+        lambda: tree.find(lay(tmp_path / "set", *files)),
+        f"{told}.*together: give every class the same ones and nothing else, or rename them",
+    )
 
 
 # Images

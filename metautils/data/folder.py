@@ -25,8 +25,9 @@ def bank(path: str | Path, size: int = 84, channels: int = 3) -> ClassBank:
 
     Each image is turned as its EXIF says, scaled so that its short side is `size`, and cropped
     to the middle square. Any mode is accepted: palettes, transparency (on white), CMYK, 16 bit.
-    Images in subfolders of a class are of the class. Files that do not end like an image are passed
-    over, and counted in a warning; those that systems leave behind are not worth one.
+    Images in subfolders of a class are of the class, and those of `path/CLASS/PART/IMAGE` as of
+    `path/PART/CLASS/IMAGE`. Files that do not end like an image are passed over, and folders of
+    them, and counted in a warning; those that systems leave behind are not worth one.
 
     Args:
         path: the folder.
@@ -84,13 +85,13 @@ def _check_channels(channels: int) -> None:
 def _parts(path: Path) -> dict[str, Classes]:
     """The classes of each part; of one part alone where all have the same or there is one."""
     found = tree.find(path)
-    _check_lone(path, found)
     parts = {name: part.classes for name, part in found.parts.items()}
     names = sorted(set(chain(*parts.values())))
     if len(parts) > 1:
         _check_spelling(path, names)
     if not names:
-        raise DataError(f"{path} has no subfolder: put the images of each class into one.")
+        told = f"{path} has no subfolder of images: put those of each class into one. {found.note}"
+        raise DataError(told.rstrip())
     owners = {name: [part for part in parts if name in parts[part]] for name in names}
     shared = next((name for name in names if len(owners[name]) > 1), names[0])
     lone = next((name for name in names if owners[name] != owners[shared]), None)
@@ -104,15 +105,6 @@ def _parts(path: Path) -> dict[str, Classes]:
     if len(owners[shared]) == 1:
         return parts
     return {"train": {name: [f for each in parts.values() for f in each[name]] for name in names}}
-
-
-def _check_lone(path: Path, found: tree.Found) -> None:
-    """A folder named train beside classes may be one of them, with its images in subfolders."""
-    if found.split and len(found.parts) == 1 and found.beside:
-        raise DataError(
-            f"{path} has folders of images in {found.parts['train'].path.name}/, which may be a "
-            f"part or a class, beside {found.beside[0]}/: rename it, or move the others away."
-        )
 
 
 def _check_spelling(path: Path, names: list[str]) -> None:

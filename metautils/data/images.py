@@ -18,6 +18,9 @@ from metautils.files import DataError
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM"}
 FORMATS |= {"QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP"}
 
+# What cameras write and Pillow alone does not read: photographs that are missed, if they are all.
+UNREAD = {".heic", ".heif", ".hif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"}
+
 # What systems leave beside the files of a person; whatever begins with a dot is hidden anyway.
 LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle"}
 LEFTOVERS |= {"$recycle.bin", "system volume information", "lost+found"}

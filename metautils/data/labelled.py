@@ -55,8 +55,8 @@ class Images(ImageFolder):
         self._given = _classes(Path(root)) if classes is None else classes
         if len(self._given) < 2:
             raise DataError(
-                f"{root} has {len(self._given)} subfolder(s): a classifier needs two or more, one "
-                "for the images of each class."
+                f"{root} has {len(self._given)} subfolder(s) of images: a classifier needs two "
+                "or more, one for each class."
             )
         super().__init__(str(root), loader=read_rgb)
         del self._given  # else it would be sent to every process that reads images
@@ -89,9 +89,9 @@ class Images(ImageFolder):
 class Split(NamedTuple):
     """Three sets of images of the same classes; no picture is in two of them.
 
-    Learn from `train`, choose the epoch by `validation`, report on `test`, once. `notes` has a
-    sentence on files that were passed over, if there are some, and one on each file that is read
-    in another way than it was written.
+    Learn from `train`, choose the epoch by `validation`, report on `test`, once. `notes` says
+    what was passed over, if there is something, and has a sentence on each file that is read in
+    another way than it was written.
 
     Example:
         >>> Split._fields
@@ -108,10 +108,11 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
     """Read `path/CLASS/IMAGE` and split it, or `path/train/CLASS/IMAGE` and so on as it lies.
 
     In the first layout every class gives a fifth of its pictures to validation and a fifth to
-    test, at random; copies of a picture stay together. The second has `train` and `test`, and a
-    fifth of `train` becomes the validation if there is no `validation` or `val`; names such as
-    `training_set`, `seg_test` and `val2017` will do. A class needs three different pictures in the
-    first layout; in the second, two in `train`, one in `test`.
+    test, at random; copies of a picture stay together. The second, which may lie as
+    `path/CLASS/train/IMAGE` too, has `train` and `test`, and a fifth of `train` becomes the
+    validation if there is no `validation` or `val`; names such as `training_set`, `seg_test` and
+    `val2017` will do. A class needs three different pictures in the first layout; in the second,
+    two in `train`, one in `test`.
 
     Args:
         path: the folder.
@@ -141,15 +142,18 @@ def load(path: str | Path, seed: int = 0, progress: bool = False) -> Split:
 def _classes(root: Path) -> dict[str, list[Path]]:
     found = tree.find(root)
     if found.split:
-        raise DataError(f"{root} has {' and '.join(found.parts)} in it: name the folder of one.")
+        raise DataError(
+            f"{root} has {' and '.join(found.parts)} in it: read it with metautils.data.labelled."
+            "load, or name the folder of one."
+        )
     return found.parts["train"].classes
 
 
 def _check_test(path: Path, found: tree.Found) -> None:
     if found.split and "test" not in found.parts:
         raise DataError(
-            f"{path} has {found.parts['train'].path.relative_to(path).parts[0]}/ and no test/: add "
-            "images to test on, or put the classes directly into the folder to have them split."
+            f"{path} has images for {' and '.join(found.parts)} and none for test: add a test "
+            "folder, or put the classes directly into the folder to have them split."
         )
 
 

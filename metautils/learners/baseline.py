@@ -57,7 +57,7 @@ def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     Returns:
         Logits `(tasks, Q, ways)`.
     """
-    return SCALE * (1 - cosine(query, prototypes(support, labels, ways_of(labels))))
+    return SCALE * (1 - cosine(query, prototypes(support, labels)))
 
 
 def linear_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def cosine_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     """
     support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
     # (tasks, ways, d)
-    start = F.normalize(prototypes(support, labels, ways_of(labels)), dim=-1)
+    start = F.normalize(prototypes(support, labels), dim=-1)
     weight = _fitted(start, support, labels, lambda x, w: SCALE * x @ F.normalize(w, dim=-1).mT)
     return SCALE * query @ F.normalize(weight, dim=-1).mT  # (tasks, Q, d) @ (tasks, d, ways)
 

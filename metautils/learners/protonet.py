@@ -9,31 +9,46 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metautils.data.bank import NUMBERS_AT_ONCE
+from metautils.errors import BadArgument
 from metautils.learners.base import Learner, Method, Preset, ways_of
 from metautils.nets import Conv4
 from metautils.precision import single
 
 
-def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
+def prototypes(features: Tensor, labels: Tensor, ways: int | None = None) -> Tensor:
     """Mean of each class's support features, equation 1 of the paper.
 
     Args:
         features: `(tasks, S, dimensions)`.
         labels: `(tasks, S)` int64 in `[0, ways)`; classes may differ in their number of shots, but
             each must have one, see `ways_of`.
-        ways: number of classes.
+        ways: number of classes; None: as many as there are labels.
 
     Returns:
         `(tasks, ways, dimensions)`.
+
+    Raises:
+        ValueError: as `ways_of`, or if there are other labels than 0 to `ways - 1`.
+
+    Example:
+        >>> prototypes(torch.tensor([[[1.0], [3.0], [5.0]]]), torch.tensor([[0, 0, 1]]))
+        tensor([[[2.],
+                 [5.]]])
     """
-    # sums (tasks, ways, d), by counts (tasks, ways, 1)
-    return class_sums(features, labels, ways) / F.one_hot(labels, ways).sum(1)[..., None]
+    sums = class_sums(features, labels, ways)  # (tasks, ways, d)
+    return sums / F.one_hot(labels, sums.shape[1]).sum(1)[..., None]  # by (tasks, ways, 1)
 
 
-def class_sums(features: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """Sum of each class's support features; arguments and result as of `prototypes`."""
+def class_sums(features: Tensor, labels: Tensor, ways: int | None = None) -> Tensor:
+    """Sum of each class's support features; arguments, result and errors as of `prototypes`."""
+    found = ways_of(labels)
+    if ways not in (None, found):
+        raise BadArgument(
+            f"The labels run to {found - 1}, which makes {found} ways, but ways is {ways}: give "
+            f"ways={found}, or labels of each class from 0 to {ways - 1} and of no other."
+        )
     rows = labels[..., None].expand_as(features)  # (tasks, S) to (tasks, S, d)
-    sums = features.new_zeros(len(features), ways, features.shape[-1])  # (tasks, ways, d)
+    sums = features.new_zeros(len(features), found, features.shape[-1])  # (tasks, ways, d)
     return sums.scatter_add(1, rows, features)
 
 
@@ -90,14 +105,14 @@ class ProtoNet(Learner):
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Logits `(tasks, Q, ways)`; the classes are 0 to `support_y.max()`, see `ways_of`."""
-        ways, shots = ways_of(support_y), support_x.shape[1]
+        shots = support_x.shape[1]
         # One pass for both sets, in single precision at least from here on: distances need the
         # digits.
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         # (tasks, S + Q, d)
         features = single(self.embed(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         support, query = features[:, :shots], features[:, shots:]  # (tasks, S, d) and (tasks, Q, d)
-        return -self.distance(query, prototypes(support, support_y, ways))
+        return -self.distance(query, prototypes(support, support_y))
 
     def extra_repr(self) -> str:
         """The setting, so that a checkpoint knows its learner."""

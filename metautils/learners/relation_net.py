@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metautils.errors import BadArgument
-from metautils.learners.base import Learner, Method, Preset, Problem, task_loss, ways_of
+from metautils.learners.base import Learner, Method, Preset, Problem, task_loss
 from metautils.learners.protonet import class_sums
 from metautils.nets import Conv4
 from metautils.precision import single
@@ -101,8 +101,8 @@ class RelationNet(Learner):
         """Outputs `(tasks, Q, ways)`, before any sigmoid; classes as in `ways_of`."""
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         features = self.embed(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # (tasks, S + Q, d)
-        shots, ways = support_x.shape[1], ways_of(support_y)
-        return self.relate(features[:, shots:], class_sums(features[:, :shots], support_y, ways))
+        shots = support_x.shape[1]
+        return self.relate(features[:, shots:], class_sums(features[:, :shots], support_y))
 
     def loss(self, predictions: Tensor, query_y: Tensor) -> Tensor:
         """The objective over all queries of all tasks, a scalar."""
