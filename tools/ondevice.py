@@ -88,16 +88,18 @@ SMALL: dict[str, dict[str, str]] = {
     "08_pretraining_finetuning": {
         "epochs=12,": "epochs=1, probe_epochs=2,",
         "pull, steps=3": "pull, steps=1",
-        "-(-len(bank) // 40)": "-(-len(bank) // 8)",
-        "len(unseen), 3": "len(unseen), 9",
         "min(96,": "min(16,",
-        "10, 200)": "10, 20)",
         "70 if QUICK": "2 if QUICK",
         "drawings=50": "drawings=6",
         "i < 10": "i < 4",
+        "epochs=6, step=5, patience=6": "epochs=1",
+    },
+    "09_few_shot_from_pretraining": {
+        "-(-len(bank) // 40)": "-(-len(bank) // 8)",
+        "len(unseen), 3": "len(unseen), 9",
+        "10, 200)": "10, 20)",
         "40 if QUICK": "3 if QUICK",
         "200 if QUICK": "4 if QUICK",
-        "epochs=6, step=5, patience=6": "epochs=1",
         "24 if QUICK": "2 if QUICK",
     },
     "benchmarks/episodes.py": {
