@@ -234,7 +234,7 @@ def _reliability(tested: Tested, record: dict[str, Any]) -> str:
     mean = 100 * float(said.mean())
     chart = _chart("".join(marks), "it says, %", "is right, %", (0, 100), (0, 100), alt, 58)
     return f"""<h2>Whether it knows how sure it may be</h2>
-<p>On the mean it gives its answers {mean:.1f} %, and {tested.accuracy:.1f} % of them are right.
+<p>On average it gives its answers {mean:.1f} %, and {tested.accuracy:.1f} % of them are right.
 Below the dashed line it is too sure, above not sure enough.</p>
 <figure class=chart>{chart}<figcaption>Test images by the probability of the answer, with
 95 % intervals; below, how many they are.</figcaption></figure>"""

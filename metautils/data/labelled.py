@@ -126,7 +126,7 @@ def load(
         progress: show a bar while every image is read, once.
         groups: a regular expression that is looked for in the name of each image below `path`, such
             as `cat/clip07-3.jpg`. Where the bracketed part of what it finds is the same (all of it,
-            if no part is in brackets), the images stay together: r"(clip\\d+)-" keeps the images of
+            if no part is in brackets), the images stay together: `(clip\\d+)-` keeps the images of
             one film in one part. An image in which it finds nothing stands alone.
 
     Raises:
