@@ -50,7 +50,7 @@ svg text { fill: currentColor; font: 11px system-ui, sans-serif; }
 figure { margin: 0; } figcaption { font-size: .85rem; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem .8rem .25rem 0;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
-td.n { text-align: right; white-space: nowrap; }
+td.n { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .errors { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem; }
 .errors img { width: 100%; height: 9rem; object-fit: contain; background: var(--line);
   border-radius: .3rem; } code { font-size: .88em; } dd { margin: 0 0 .5rem; }
@@ -284,7 +284,7 @@ def _curves(tested: Tested, record: dict[str, Any]) -> str:
             for what, label in (("loss", "loss"), ("accuracy", "accuracy, %"))
         )
         found += f"<h3>{title}</h3><div class=charts>{charts}</div>"
-    caption = "<p class=soft>Dashed: training images. Solid: validation images.</p>"
+    caption = "<p class=soft>Dotted: training images. Solid: validation images.</p>"
     return f"<h2>Learning curves</h2>{found}{caption}" if found else ""
 
 
@@ -296,7 +296,7 @@ def _curve(rows: Sequence[dict[str, Any]], what: str, label: str) -> str:
     values = [y for line in lines.values() for _, y in line]
     xs = min(1, rows[0]["number"]), max(2, rows[-1]["number"])
     ys = (0, 100) if what == "accuracy" else (0, max(values) or 1)
-    drawn = _line(lines["train"], 'class="two" stroke-width="2" stroke-dasharray="5 3"', xs, ys)
+    drawn = _line(lines["train"], 'class="two" stroke-width="3" stroke-dasharray="1 5"', xs, ys)
     drawn += _line(lines["validation"], 'class="one" stroke-width="2"', xs, ys)
     alt = ", ".join(f"{part} {line[0][1]:.3g} to {line[-1][1]:.3g}" for part, line in lines.items())
     chart = _chart(drawn, "epoch", label, xs, ys, f"{label} by epoch: {alt}")
@@ -315,8 +315,9 @@ def _at(x: float, y: float, xs: Range = (0, 100), ys: Range = (0, 100)) -> tuple
 def _line(
     points: Sequence[tuple[float, float]], style: str, xs: Range = (0, 100), ys: Range = (0, 100)
 ) -> str:
-    path = " ".join("{:.1f},{:.1f}".format(*_at(x, y, xs, ys)) for x, y in points)
-    return f'<polyline points="{path}" fill="none" {style}/>'
+    places = ["{:.1f},{:.1f}".format(*_at(x, y, xs, ys)) for x, y in points]
+    path = " ".join(places * 2 if len(places) == 1 else places)  # a single epoch is a dot
+    return f'<polyline points="{path}" fill="none" stroke-linecap="round" {style}/>'
 
 
 def _chart(

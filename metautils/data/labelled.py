@@ -113,12 +113,13 @@ def load(
 ) -> Split:
     """Read `path/CLASS/IMAGE` and split it, or `path/train/CLASS/IMAGE` and so on as it lies.
 
-    In the first layout every class gives about a fifth of its pictures to validation and a fifth
-    to test, by what is on them, so that a picture that is added moves no other; see
-    `metautils.data.assign`. Copies of a picture stay together. The second has `train` and `test`,
-    and about a fifth of `train` becomes the validation if there is no `validation` or `val`; names
-    such as `training_set`, `seg_test` and `val2017` will do. A class needs three different pictures
-    in the first layout; in the second, two in `train`, one in `test`.
+    In the first layout every class gives about a fifth of its pictures (of its groups, where there
+    are some) to validation and a fifth to test, by what is on them, so that a picture that is added
+    moves no other; see `metautils.data.assign`. Copies of a picture stay together. The second has
+    `train` and `test`, and about a fifth of `train` becomes the validation if there is no
+    `validation` or `val`; names such as `training_set`, `seg_test` and `val2017` will do. A class
+    needs three different pictures in the first layout; in the second, two in `train`, one in
+    `test`.
 
     Args:
         path: the folder.
