@@ -294,7 +294,7 @@ def _curve(rows: Sequence[dict[str, Any]], what: str, label: str) -> str:
         for part in ("train", "validation")
     }
     values = [y for line in lines.values() for _, y in line]
-    xs = min(1, rows[0]["number"]), max(2, rows[-1]["number"])
+    xs = (1, rows[-1]["number"]) if len(rows) > 1 else (0, 2)
     ys = (0, 100) if what == "accuracy" else (0, max(values) or 1)
     drawn = _line(lines["train"], 'class="two" stroke-width="3" stroke-dasharray="1 5"', xs, ys)
     drawn += _line(lines["validation"], 'class="one" stroke-width="2"', xs, ys)
@@ -315,8 +315,11 @@ def _at(x: float, y: float, xs: Range = (0, 100), ys: Range = (0, 100)) -> tuple
 def _line(
     points: Sequence[tuple[float, float]], style: str, xs: Range = (0, 100), ys: Range = (0, 100)
 ) -> str:
-    places = ["{:.1f},{:.1f}".format(*_at(x, y, xs, ys)) for x, y in points]
-    path = " ".join(places * 2 if len(places) == 1 else places)  # a single epoch is a dot
+    """A line through some points; of a single one, which has none, a dot."""
+    if len(points) == 1:
+        x, y = _at(*points[0], xs, ys)
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="currentColor" {style}/>'
+    path = " ".join("{:.1f},{:.1f}".format(*_at(x, y, xs, ys)) for x, y in points)
     return f'<polyline points="{path}" fill="none" stroke-linecap="round" {style}/>'
 
 
