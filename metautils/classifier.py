@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,19 +56,16 @@ class Classifier(nn.Sequential):
         super().__init__(OrderedDict(body=body, head=head))
         self.classes, self.size = tuple(classes), size
 
-    @torch.no_grad()
     def classify(self, image: str | Path | Image.Image) -> dict[str, float]:
         """Probabilities of the classes for one image or image file, highest first.
 
         Raises:
             DataError: if the file is no readable image.
         """
-        picture = read_rgb(image)
-        self.eval()
-        x = to_test(self.size)(picture)[None].to(self.head.weight.device)  # (1, 3, size, size)
-        chances = self(x)[0].softmax(0).tolist()
-        ranked = sorted(zip(self.classes, chances, strict=True), key=lambda pair: -pair[1])
-        return dict(ranked)
+        ((_, found),) = classify_each(self, [image])
+        if isinstance(found, DataError):
+            raise found
+        return ranked(self.classes, found)
 
     def save(self, path: str | Path) -> None:
         """Write weights, names of the classes and size to one file."""
@@ -91,6 +90,55 @@ def load(path: str | Path) -> Classifier:
             f"{path} holds another network: name the model.pt of a fine-tuning."
         ) from error
     return net.eval()
+
+
+@torch.no_grad()
+def classify_each(
+    net: Classifier, images: Sequence[str | Path | Image.Image], batch: int = 32
+) -> Iterator[tuple[str | Path | Image.Image, Tensor | DataError]]:
+    """Each image or file with its probabilities `(classes,)`, or with what is wrong with it.
+
+    Args:
+        net: on any device; it is put into evaluation mode.
+        images: are read as they are asked for, `batch` at a time.
+        batch: images that go through the network together.
+    """
+    look = to_test(net.size)
+    for start in range(0, len(images), batch):
+        part, seen, bad = images[start : start + batch], [], {}
+        for k, image in enumerate(part):
+            try:
+                seen.append(look(read_rgb(image)))
+            except DataError as error:
+                bad[k] = error
+        x = torch.stack(seen).to(net.head.weight.device) if seen else None  # (n, 3, size, size)
+        chances = iter(net.eval()(x).softmax(1).cpu() if seen else ())
+        for k, image in enumerate(part):
+            yield image, bad[k] if k in bad else next(chances)
+
+
+def ranked(classes: Sequence[str], chances: Tensor) -> dict[str, float]:
+    """The probability `(classes,)` of each class by its name, highest first."""
+    pairs = zip(classes, chances.tolist(), strict=True)
+    return dict(sorted(pairs, key=lambda pair: -pair[1]))
+
+
+def table(classes: Sequence[str], answers: dict[str | Path, Tensor]) -> str:
+    """The answers as CSV: file, answer, its probability, and that of each class.
+
+    Example:
+        >>> print(table(["ant", "bee"], {"x.png": torch.tensor([0.25, 0.75])}), end="")
+        file,answer,probability,p_ant,p_bee
+        x.png,bee,0.750000,0.250000,0.750000
+    """
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["file", "answer", "probability", *(f"p_{name}" for name in classes)])
+    for file, chances in answers.items():
+        numbers = [f"{chance:.6f}" for chance in chances.tolist()]
+        best = int(chances.argmax())
+        rows.writerow([file, classes[best], numbers[best], *numbers])
+    return text.getvalue()
 
 
 def to_train(size: int, mirror: bool) -> v2.Compose:
@@ -172,7 +220,7 @@ class Tested:
         >>> tested = Tested(chances, torch.tensor([0, 1, 1]), files, ("ant", "bee"))
         >>> print(tested)
         66.7 % of 3 test images, 95 % interval 20.8 to 93.9
-        >>> tested.worst()
+        >>> tested.surest_errors()
         [1]
     """
 
@@ -245,11 +293,11 @@ class Tested:
             )
         return "\n".join(lines)
 
-    def worst(self, count: int = 8) -> list[int]:
-        """Wrong answers, by row, those first that gave the true class the least probability."""
-        truth = self.chances.gather(1, self.labels[:, None])[:, 0]  # (n,)
-        wrong = (self.chances.argmax(1) != self.labels).nonzero().flatten()  # (wrong answers,)
-        return wrong[truth[wrong].argsort(stable=True)].tolist()[:count]
+    def surest_errors(self, count: int = 8) -> list[int]:
+        """Wrong answers, by row, those first that were given with the highest probability."""
+        said, answers = self.chances.max(1)  # (n,), (n,)
+        wrong = (answers != self.labels).nonzero().flatten()  # (wrong answers,)
+        return wrong[said[wrong].argsort(descending=True, stable=True)].tolist()[:count]
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -6,16 +6,20 @@ import argparse
 import io
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from metautils import classifier, data, finetune, methods, results, runs
+from metautils import classifier, data, export, finetune, methods, report, results, runs
+from metautils.data import tree
 from metautils.data.bank import Parts
 from metautils.errors import BadArgument, ReaderError
+from metautils.files import DataError, check_file, save_text
 from metautils.finetune import Recipe
+from metautils.progress import progress_bar
 
 
 def train(args: argparse.Namespace) -> None:
@@ -54,28 +58,47 @@ def finetune_folder(args: argparse.Namespace) -> None:
     """Fine-tune a ResNet-50 on a folder of images; the same command goes on if interrupted."""
     names = ("size", "epochs", "batch", "lr", "pull", "seed")
     asked = {name: getattr(args, name) for name in names}
-    recipe = Recipe(**{k: v for k, v in asked.items() if v is not None}, mirror=args.mirror)
+    own = {"mirror": args.mirror, "class_weights": args.class_weights}
+    recipe = Recipe(**{k: v for k, v in asked.items() if v is not None}, **own)
     weights = None if args.weights == "none" else args.weights
     if weights is None and args.pull is not None:
         raise BadArgument("--l2-sp pulls to pretrained weights, so it needs other --weights.")
     if args.pull is not None and args.pull < 0:
         raise BadArgument(f"--l2-sp is {args.pull}: a strength is 0 or more.")
-    tested = finetune.run(args.data, args.out, recipe, weights, args.device, args.workers)
+    split = {"split_seed": args.split_seed, "groups": args.groups, "command": args.command}
+    tested = finetune.run(args.data, args.out, recipe, weights, args.device, args.workers, **split)
     print(tested.report())
-    print(f"Classifier in {args.out / classifier.MODEL}, record in {args.out / finetune.RECORD}")
+    print(f"Classifier in {args.out / classifier.MODEL}, report in {args.out / report.REPORT}")
 
 
 def classify(args: argparse.Namespace) -> int:
-    """Say what is on images, with the classifier of a fine-tuning; of a bad one, why not."""
-    net, status = classifier.load(args.run / classifier.MODEL), 0
-    for image in args.images:
-        try:
-            ranked = list(net.classify(image).items())[:3]
-        except ReaderError as error:
-            status = _told(error)
+    """Say what is on images, with the classifier of a fine-tuning; of bad ones, at the end, why."""
+    if args.csv:
+        check_file(args.csv, 1 << 20)
+    files = [file for name in args.images for file in tree.images_in(name)]
+    net = classifier.load(args.run / classifier.MODEL).to(args.device)
+    answers, bad = {}, []
+    told = classifier.classify_each(net, files, args.batch)
+    for file, found in progress_bar(told, show=bool(args.csv), desc="classify", total=len(files)):
+        if isinstance(found, DataError):
+            bad.append(found)
             continue
-        print(f"{image}:", ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in ranked))
-    return status
+        answers[file] = found
+        best = list(classifier.ranked(net.classes, found).items())[:3]
+        if not args.csv:
+            print(f"{file}:", ", ".join(f"{name} {100 * chance:.1f} %" for name, chance in best))
+    if args.csv:
+        save_text(classifier.table(net.classes, answers), args.csv)
+        print(f"{len(answers)} image(s) in {args.csv}")
+    return max([_told(error) for error in bad], default=0)
+
+
+def export_run(args: argparse.Namespace) -> None:
+    """Write the classifier of a fine-tuning as a file for other programs: .onnx or .pt2."""
+    net = classifier.load(args.run / classifier.MODEL)
+    export.export(net, args.out)
+    print(f"{args.out} gives the probabilities of {', '.join(net.classes)}.")
+    print(f"Its images: {export.told(net)['images']}.")
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -106,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows may lack the letters of a name
             stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    args.command = shlex.join(["python", "-m", "metautils", *given])
     try:
         return args.run_command(args) or 0
     except ReaderError as error:
@@ -184,18 +209,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--workers", type=_natural, default=0, help="processes that read images")
     tune.add_argument("--seed", type=_seed, default=0)
+    tune.add_argument(
+        "--split-seed", type=_seed, default=0, help="of the split, which --seed is not"
+    )
+    tune.add_argument(
+        "--groups",
+        metavar="PATTERN",
+        help="regular expression for the names below --data; images for which its bracketed part "
+        r"is the same, as (clip\d+) of cat/clip7-3.jpg, stay in one part",
+    )
+    tune.add_argument(
+        "--class-weights", action="store_true", help="rare classes count as much as common ones"
+    )
     tune.set_defaults(run_command=finetune_folder, less_memory="give a smaller --batch or --size")
 
     tell = commands.add_parser("classify", help=classify.__doc__, description=classify.__doc__)
     tell.add_argument("run", type=Path, help="the --out folder of a fine-tuning")
-    tell.add_argument("images", type=Path, nargs="+")
-    tell.set_defaults(run_command=classify, less_memory="give smaller images")
+    tell.add_argument("images", type=Path, nargs="+", help="files, or folders of them")
+    tell.add_argument("--csv", type=Path, help="file for the answers, a row for each image")
+    tell.add_argument("--batch", type=_positive, default=32, help="images at a time")
+    tell.set_defaults(run_command=classify, less_memory="give a smaller --batch or smaller images")
+
+    away = commands.add_parser("export", help=export_run.__doc__, description=export_run.__doc__)
+    away.add_argument("run", type=Path, help="the --out folder of a fine-tuning")
+    away.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx or .pt2")
+    away.set_defaults(run_command=export_run, less_memory="close other programs")
 
     four = commands.add_parser("results", help=page.__doc__, description=page.__doc__)
     four.set_defaults(run_command=page, less_memory="close other programs")
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    for command in (one, two, tune):
+    for command in (one, two, tune, tell):
         command.add_argument("--device", type=_device, default=where)
     for command in (one, two):
         command.add_argument(

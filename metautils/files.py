@@ -78,8 +78,20 @@ def save_atomically(value: Any, path: Path) -> None:
 
 def write_json(value: Any, path: Path) -> None:
     """JSON, in the same way as `save_atomically`."""
-    text = json.dumps(value, indent=1) + "\n"
-    _written(path, lambda file: file.write(text.encode()))
+    save_text(json.dumps(value, indent=1) + "\n", path)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Text in UTF-8, in the same way as `save_atomically`; names of files as the system has them.
+
+    What is no text in such a name stands there as a question mark.
+    """
+    _written(path, lambda file: file.write(text.encode(errors="replace")))
+
+
+def save_bytes(content: bytes, path: Path) -> None:
+    """Bytes, in the same way as `save_atomically`."""
+    _written(path, lambda file: file.write(content))
 
 
 def _written(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -138,6 +150,19 @@ def check_folder(folder: Path, room: int) -> None:
             f"{folder} has room for {free >> 20} MB, but {room >> 20} MB are needed: free some "
             "space or choose another folder."
         )
+
+
+def check_file(path: Path, room: int) -> None:
+    """See, before any work, that a file of `room` bytes can be written to this name.
+
+    Raises:
+        DataError: if it is a folder, or its folder cannot be made or written to.
+    """
+    with reading(path):
+        folder = path.is_dir()
+    if folder:
+        raise DataError(f"{path} is a folder: name a file.")
+    check_folder(path.parent, room)
 
 
 def check_apart(out: Path, data: Path) -> None:

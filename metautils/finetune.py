@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import TensorDataset
 
-from metautils import pretrained, results
+from metautils import pretrained, report, results
 from metautils.checkpoint import digest
 from metautils.classifier import (
     MODEL,
@@ -36,7 +36,7 @@ from metautils.files import (
     write_json,
     written_at,
 )
-from metautils.fit import Epoch, fit
+from metautils.fit import Epoch, balanced, fit
 
 CHECKPOINT = "all_layers.pt"
 RECORD = "record.json"
@@ -61,6 +61,8 @@ class Recipe:
             no such pull.
         mirror: turn half of the training images left to right; wrong for letters and digits.
         seed: of the head, the order of the images and their crops.
+        class_weights: let every class count as much as any other, however few images it has, in
+            losses and in the accuracies by which an epoch is chosen.
 
     Example:
         >>> recipe = Recipe(size=64, mirror=False)
@@ -80,6 +82,7 @@ class Recipe:
     pull: float | None = None
     mirror: bool = True
     seed: int = 0
+    class_weights: bool = False
 
 
 def _features(
@@ -149,8 +152,15 @@ def stage_one(
         StepLR(optimizer, recipe.probe_epochs),
         recipe.probe_epochs,
         progress=progress,
+        weights=_weights(split, recipe),
     )
     return [replace(first, seconds=first.seconds + seconds), *rest]
+
+
+def _weights(split: Split, recipe: Recipe) -> Tensor | None:
+    """How much an image of each class counts, `(classes,)`; None for all alike."""
+    train = split.train
+    return balanced(train.targets, len(train.classes)) if recipe.class_weights else None
 
 
 def stage_two(
@@ -193,6 +203,7 @@ def stage_two(
         path,
         None if path is None else {**asdict(recipe), **_told(net, split)},
         progress,
+        _weights(split, recipe),
     )
 
 
@@ -203,8 +214,14 @@ def run(
     weights: str | Path | None = "imagenet",
     device: str | torch.device = "cpu",
     workers: int = 0,
+    split_seed: int = 0,
+    groups: str | None = None,
+    command: str | None = None,
 ) -> Tested:
-    """The whole recipe for a folder of images; writes `model.pt` and `record.json` into `out`.
+    """The whole recipe for a folder of images, from split to report.
+
+    Writes the classifier `model.pt`, the numbers `record.json` and a page on them, `report.html`,
+    into `out`.
 
     Args:
         path: the images, see `metautils.data.labelled.load`.
@@ -213,6 +230,9 @@ def run(
         weights: of the body, see `metautils.pretrained.body`; with None stage one is left out.
         device: where to train.
         workers: processes that read images.
+        split_seed: of the split, which does not depend on the seed of the training.
+        groups: which images stay in one part, see `metautils.data.labelled.load`.
+        command: by which it was called, for the record.
 
     Raises:
         DataError: if images, weights or folder are not as they should be, before any training.
@@ -226,7 +246,7 @@ def run(
     made_by = results.provenance(torch.device(device))
     check_apart(out, Path(path))
     check_folder(out, ROOM)
-    split = labelled.load(path, recipe.seed, progress=True)
+    split = labelled.load(path, split_seed, True, groups)
     _print(split)
     torch.manual_seed(recipe.seed)
     net = Classifier(pretrained.body(weights), split.train.classes, recipe.size).to(device)
@@ -244,6 +264,8 @@ def run(
         "data": str(path),
         "classes": list(net.classes),
         "images": dict(zip(PARTS, map(len, split), strict=False)),
+        "split": {"seed": split_seed, "groups": groups, "notes": list(split.notes)},
+        "files": {part: each.names() for part, each in zip(PARTS, split, strict=False)},
         "weights": None if weights is None else str(weights),
         "recipe": asdict(recipe),
         **{name: [asdict(row) for row in each] for name, each in rows.items()},
@@ -255,12 +277,14 @@ def run(
             "majority": tested.majority,
         },
         "confusion": tested.confusion.tolist(),
-        "worst": [tested.files[k] for k in tested.worst()],
+        "surest_errors": [tested.files[k] for k in tested.surest_errors()],
         "minutes": round(seconds / 60, 2),
+        "command": command,
         "trained_by": results.kept(out / RECORD, made_by) if finished_before else made_by,
         **made_by,
     }
     write_json(record, out / RECORD)
+    report.write(tested, record, out / report.REPORT)
     return tested
 
 

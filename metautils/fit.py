@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def fit(
     path: Path | None = None,
     settings: dict[str, Any] | None = None,
     progress: bool = False,
+    weights: Tensor | None = None,
 ) -> list[Epoch]:
     """Train a classifier by cross-entropy and leave it with the weights of its best epoch.
 
@@ -82,6 +83,8 @@ def fit(
         path: of the checkpoint, written after every epoch.
         settings: what the checkpoint must agree in to be gone on with; each is compared.
         progress: show a bar, and a row for each epoch.
+        weights: how much an image of each class counts, `(classes,)`, in losses and accuracies;
+            see `balanced`.
 
     Raises:
         FloatingPointError: if the loss is not finite, or in float16 the gradients never are; the
@@ -96,14 +99,14 @@ def fit(
     if notes is not None and notes.get("scaler"):  # it is empty where nothing was scaled
         scaler.load_state_dict(notes["scaler"])
     if notes is None:
-        training.try_out(_merit(*measure(net, validation)), at=0)
+        training.try_out(_merit(*measure(net, validation, weights)), at=0)
     while len(rows) < epochs and (patience is None or len(rows) - training.best_at < patience):
         began = time.perf_counter()
         label = f"epoch {len(rows) + 1}"
         bar = progress_bar(train, show=progress, desc=label)
-        learnt = _epoch(net, bar, optimizer, scaler, penalty)
+        learnt = _epoch(net, bar, optimizer, scaler, penalty, weights)
         schedule.step()
-        held_out = measure(net, validation)
+        held_out = measure(net, validation, weights)
         rows.append(Epoch(len(rows) + 1, *learnt, *held_out, time.perf_counter() - began))
         _end(training, rows, scaler)
         if progress:
@@ -118,17 +121,20 @@ def _epoch(
     optimizer: Optimizer,
     scaler: GradScaler,
     penalty: Callable[[nn.Module], Tensor] | None,
+    weights: Tensor | None,
 ) -> tuple[float, float]:
     """One pass; the mean loss and the accuracy of its batches, each before its step."""
     net.train()
     device = device_of(net)
-    loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    loss_sum, right, seen = torch.zeros(3, device=device)
     with bar:
         for k, (x, y) in enumerate(_drawn(bar)):
             x, y = _placed(x, device), y.to(device, non_blocking=True)
             with fast_autocast(device, fp16=True):
                 logits = net(x)
-            loss = F.cross_entropy(logits.float(), y)
+            counts = _counts(y, weights)  # (batch,)
+            # Over images and not over their weights: a batch of common ones must count for less.
+            loss = (counts * F.cross_entropy(logits.float(), y, reduction="none")).mean()
             scaler.scale(loss if penalty is None else loss + penalty(net)).backward()
             # By gradients of their own size again, or not at all where they overflowed.
             scaler.step(optimizer)
@@ -136,12 +142,12 @@ def _epoch(
             optimizer.zero_grad()
             # Sums stay on the device: a number asked for after every step would make it wait.
             loss_sum += loss.detach() * len(y)
-            right += (logits.detach().argmax(1) == y).sum()
-            seen += len(y)
+            right += (counts * (logits.detach().argmax(1) == y)).sum()
+            seen += counts.sum()
             if not bar.disable and k % 10 == 0:
                 mean, percent = loss_sum / seen, 100 * right / seen
                 bar.set_postfix_str(f"loss={mean:.3f}, accuracy={percent:.1f} %")
-    return float(loss_sum) / seen, 100 * float(right) / seen
+    return float(loss_sum / seen), 100 * float(right / seen)
 
 
 def _end(training: Training, rows: list[Epoch], scaler: GradScaler) -> None:
@@ -170,11 +176,40 @@ def predict(net: nn.Module, batches: DataLoader, progress: bool = False) -> tupl
     return torch.cat(logits), torch.cat(labels)
 
 
-def measure(net: nn.Module, batches: DataLoader) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in percent, in evaluation mode."""
+def measure(
+    net: nn.Module, batches: DataLoader, weights: Tensor | None = None
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in percent, in evaluation mode, as `weights` count them."""
     logits, labels = predict(net, batches)
-    right = (logits.argmax(1) == labels).double().mean()
-    return float(F.cross_entropy(logits, labels)), 100 * float(right)
+    counts = _counts(labels, weights).double()  # (n,)
+    losses, right = F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
+    return float(counts @ losses.double() / counts.sum()), 100 * float(
+        counts @ right.double() / counts.sum()
+    )
+
+
+def balanced(labels: Sequence[int], classes: int) -> Tensor:
+    """Weights under which every class counts as much as any other, `(classes,)`, of mean 1.
+
+    The mean is over the images. As scikit-learn's `class_weight="balanced"`.
+
+    Args:
+        labels: of the training images; each class has one or more.
+        classes: how many there are.
+
+    Example:
+        >>> balanced([0, 0, 0, 1], 2)
+        tensor([0.6667, 2.0000])
+    """
+    counts = torch.tensor(labels, device="cpu").bincount(minlength=classes)  # (classes,)
+    return len(labels) / (classes * counts)
+
+
+def _counts(labels: Tensor, weights: Tensor | None) -> Tensor:
+    """How much each image counts, `(n,)`."""
+    if weights is None:
+        return torch.ones(len(labels), device=labels.device)
+    return weights.to(labels.device)[labels]
 
 
 def _merit(loss: float, accuracy: float) -> tuple[float, float]:

@@ -184,9 +184,16 @@ def test_numbers_of_the_test_by_hand():
     assert (t.right, t.accuracy) == (3, 50)
     assert t.interval == wilson95(3, 6)
     assert t.confusion.tolist() == [[1, 0, 0], [2, 1, 0], [0, 1, 1]]
-    assert t.worst() == [2, 5, 1]  # 0.1, 0.2 and 0.3 for the true class
-    assert t.worst(2) == [2, 5]
+    assert t.surest_errors() == [2, 5, 1]  # 0.8, 0.7 and 0.6 for the wrong class
+    assert t.surest_errors(2) == [2, 5]
     assert str(t) == "50.0 % of 6 test images, 95 % interval 18.8 to 81.2"
+
+
+def test_surest_errors_are_not_those_that_gave_the_truth_least():
+    """With three classes: 0.1 for the truth and 0.5 for another is no sure answer."""
+    chances = torch.tensor([[0.5, 0.4, 0.1], [0.7, 0.1, 0.2]])
+    t = classifier.Tested(chances, torch.tensor([2, 2]), ("a.png", "b.png"), ("a", "b", "c"))
+    assert t.surest_errors() == [1, 0]
 
 
 def test_report_says_what_an_accuracy_hides():
@@ -230,7 +237,7 @@ def test_ordinary_images_keep_their_ends(size):
 def test_class_that_is_never_answered_has_its_place_in_the_confusion():
     t = replace(six_answers(), chances=torch.eye(3)[[0] * 6], labels=torch.zeros(6).long())
     assert t.confusion.tolist() == [[6, 0, 0], [0, 0, 0], [0, 0, 0]]
-    assert t.worst() == []
+    assert t.surest_errors() == []
 
 
 def test_test_is_what_the_classifier_says_of_each_file(split):

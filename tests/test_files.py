@@ -18,12 +18,15 @@ from metautils.files import (
     DataError,
     cache_folder,
     check_apart,
+    check_file,
     check_folder,
     data_folder,
     listed,
     load_safely,
     read_json,
     save_atomically,
+    save_bytes,
+    save_text,
     write_json,
     written_at,
 )
@@ -356,3 +359,23 @@ def test_results_beside_the_images_are_not(tmp_path, out, data):
     linked(tmp_path / "photos" / "a" / "up", tmp_path)  # is not followed when images are read
     linked(tmp_path / "photos" / "up", tmp_path)
     check_apart(tmp_path / out, tmp_path / data)
+
+
+def test_text_and_bytes_are_written_whole(tmp_path):
+    """What is no text in a name becomes a question mark; folders are made."""
+    save_text("é \udcff 日本\n", tmp_path / "new" / "x.txt")
+    assert (tmp_path / "new" / "x.txt").read_bytes() == "é ? 日本\n".encode()
+    save_bytes(b"\x00\n\xff", tmp_path / "new" / "x.bin")
+    assert (tmp_path / "new" / "x.bin").read_bytes() == b"\x00\n\xff"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.bin", "x.txt"]
+
+
+def test_file_that_cannot_be_written_is_told_before(tmp_path):
+    check_file(tmp_path / "new" / "x.csv", 1)
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
+    (tmp_path / "file").write_text("")
+    for path, told in (
+        (tmp_path / "new", r"new is a folder: name a file"),
+        (tmp_path / "file" / "x.csv", r"file cannot be written to|x\.csv cannot be read"),
+    ):
+        told_in_one_line(lambda path=path: check_file(path, 1), told)

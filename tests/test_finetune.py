@@ -239,7 +239,7 @@ def test_run_leaves_a_classifier_and_a_record(tmp_path, photos, bodies, weights,
     out = tmp_path / "new" / "out"
     t = finetune.run(photos, out, RECIPE, weights)
     kept = ["features.pt"] if weights else []
-    assert names_in(out) == ["all_layers.pt", *kept, MODEL, "record.json"]
+    assert names_in(out) == ["all_layers.pt", *kept, MODEL, "record.json", "report.html"]
     record = json.loads((out / "record.json").read_text())
     expected = {
         "data": str(photos),
@@ -255,7 +255,8 @@ def test_run_leaves_a_classifier_and_a_record(tmp_path, photos, bodies, weights,
             "majority": 100 / 3,
         },
         "confusion": t.confusion.tolist(),
-        "worst": [t.files[k] for k in t.worst()],
+        "surest_errors": [t.files[k] for k in t.surest_errors()],
+        "split": {"seed": 0, "groups": None, "notes": []},
     }
     assert {name: record[name] for name in expected} == expected
     assert ("stage_one" in record) == (weights is not None)
@@ -432,6 +433,79 @@ def test_files_that_are_passed_over_are_told(tmp_path, bodies, capsys):
     assert "passed over: labels.csv.\n" in capsys.readouterr().out
 
 
+# The split, the weights of classes, the report
+
+
+def files_of(record):
+    return {part: set(names) for part, names in record["files"].items()}
+
+
+def test_split_is_another_seeds_matter(tmp_path, photos, bodies):
+    """That of the training changes no part; the record lists the files of each."""
+    recipe, records = replace(RECIPE, epochs=1), []
+    for seed, split_seed in ((0, 0), (1, 0), (0, 1)):
+        out = tmp_path / f"{seed}{split_seed}"
+        finetune.run(photos, out, replace(recipe, seed=seed), None, split_seed=split_seed)
+        records.append(json.loads((out / "record.json").read_text()))
+    first, other, again = map(files_of, records)
+    assert first == other != again
+    assert sum(map(len, first.values())) == len(set.union(*first.values())) == 30
+    assert {len(part) for part in first.values()} == {18, 6}
+    assert [record["split"]["seed"] for record in records] == [0, 0, 1]
+
+
+def test_groups_stay_together_in_a_run(tmp_path, bodies, capsys):
+    root = paint(tmp_path / "photos", 12)
+    for path in sorted(root.glob("*/*.png")):
+        path.rename(path.with_name(f"film{int(path.stem) // 3}-{path.name}"))
+    finetune.run(root, tmp_path / "out", replace(RECIPE, epochs=1), None, groups=r"(\w+/film\d)-")
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    films = [{name.split("-")[0] for name in names} for names in record["files"].values()]
+    assert sum(map(len, films)) == len(set.union(*films)) == 12
+    assert record["split"]["groups"] == r"(\w+/film\d)-"
+
+
+def rare(root):
+    """Two classes that overlap, of which one is rare."""
+    random = torch.Generator().manual_seed(0)
+    for name, images, shift in (("common", 60, 0), ("rare", 8, 22)):
+        (root / name).mkdir(parents=True)
+        for k in range(images):
+            level = float(110 + shift + 14 * torch.randn((), generator=random))
+            noise = level + 40 * torch.rand(12, 12, 3, generator=random)
+            Image.fromarray(noise.byte().numpy()).save(root / name / f"{k}.png")
+    return root
+
+
+def test_class_weights_find_more_of_a_rare_class(tmp_path):
+    """In both stages, and by which epoch is kept."""
+    split, found = labelled.load(rare(tmp_path / "photos")), {}
+    for weighted in (False, True):
+        recipe = replace(RECIPE, class_weights=weighted, epochs=4, batch=16, lr=1e-2)
+        for stage in (stage_one, stage_two):
+            net = tiny_classifier()
+            net.classes, net.head = ("common", "rare"), torch.nn.Linear(8, 2)
+            stage(net, split, recipe)
+            found[stage.__name__, weighted] = classifier.test(net, split.train).recalls.tolist()
+    for stage in ("stage_one", "stage_two"):
+        assert found[stage, True][1] >= found[stage, False][1] + 30
+        assert min(found[stage, True]) > 50
+
+
+def test_run_with_other_class_weights_does_not_go_on(tmp_path, photos, bodies):
+    finetune.run(photos, tmp_path, RECIPE, None)
+    with pytest.raises(CheckpointMismatch, match="class_weights"):
+        finetune.run(photos, tmp_path, replace(RECIPE, class_weights=True), None)
+
+
+def test_report_is_of_this_run(tmp_path, photos, bodies):
+    t = finetune.run(photos, tmp_path, RECIPE, command="python -m metautils finetune --what")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<p class=big>{t.accuracy:.1f} %</p>" in text
+    assert "finetune --what" in text and "Stage one" in text and "Stage two" in text
+    assert text.count("data:image/jpeg") == len(t.labels) - t.right
+
+
 # What is told before any training
 
 
@@ -507,6 +581,7 @@ def tuned(photos, tmp_path_factory):
 def test_finetune_does_what_was_asked(tuned, photos):
     record = json.loads((tuned / "record.json").read_text())
     asked = {"size": 32, "epochs": 1, "mirror": False, "seed": 0, "batch": 32, "pull": None}
+    assert record["command"].startswith("python -m metautils finetune --data ")
     assert record["recipe"] == asdict(Recipe()) | asked
     assert record["data"] == str(photos)
     assert record["weights"] is None
@@ -571,7 +646,7 @@ def test_classify_tells_what_is_wrong(tmp_path, tuned, photos, capsys):
 
 
 def test_interrupted_finetune_says_how_to_go_on(tmp_path, photos, capsys, monkeypatch):
-    def interrupt(*arguments):
+    def interrupt(*arguments, **named):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(finetune, "run", interrupt)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import count
 
+import numpy as np
 import pytest
 import torch
 from helpers import same_weights, weights_of
@@ -20,7 +21,7 @@ import metautils.fit
 import metautils.precision
 from metautils.checkpoint import CheckpointMismatch
 from metautils.files import DataError, load_safely
-from metautils.fit import Epoch, fit, measure, predict
+from metautils.fit import Epoch, balanced, fit, measure, predict
 
 EPOCHS, BATCHES = 5, 4
 
@@ -91,7 +92,7 @@ def scripted(monkeypatch, *scores):
     """Let the start and the epochs get these losses and accuracies; the weights that got them."""
     seen = []
 
-    def scripted_measure(net, batches):
+    def scripted_measure(net, batches, weights):
         seen.append(weights_of(net))
         return scores[len(seen) - 1]
 
@@ -470,3 +471,57 @@ def test_default_device_plays_no_part(monkeypatch):
         with torch.device(where):
             ends.append(facts(fit(net, loader, held_out, optimizer, schedule, 2)))
     assert ends[0] == ends[1]
+
+
+# Weights of classes
+
+
+def test_weights_count_as_copies_would():
+    """A step on three images of one class and one of another, which counts three times as much."""
+    x, y = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 0, 0, 1])
+    copied = torch.tensor([0, 1, 2, 3, 3, 3])
+    ends, rows = [], []
+    for rows_of, weights in ((torch.arange(4), balanced(y.tolist(), 2)), (copied, None)):
+        torch.manual_seed(0)
+        net, data = nn.Linear(4, 2), TensorDataset(x[rows_of], y[rows_of])
+        optimizer, loader = SGD(net.parameters(), 0.5), DataLoader(data, 6)
+        rows += fit(
+            net, loader, loader, optimizer, StepLR(optimizer, 1), 1, weights=weights, patience=None
+        )
+        ends.append(weights_of(net))
+    for one, other in zip(ends[0].values(), ends[1].values(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)  # bfloat16
+    assert facts(rows[:1])[0] == pytest.approx(facts(rows[1:])[0], rel=1e-2)
+
+
+def test_a_batch_of_common_images_counts_for_less():
+    """Else weights would do nothing where a batch holds but one class."""
+    steps = []
+    for weights in (None, torch.tensor([0.5, 2.0])):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 2)
+        before, optimizer = weights_of(net), SGD(net.parameters(), 0.1)
+        loader = DataLoader(TensorDataset(torch.ones(3, 4), torch.zeros(3).long()), 3)
+        fit(net, loader, loader, optimizer, StepLR(optimizer, 1), 1, weights=weights)
+        steps.append(net.bias.detach() - before["bias"])
+    torch.testing.assert_close(steps[1], 0.5 * steps[0])
+
+
+def test_balanced_accuracy_is_that_of_the_classes():
+    """Four of five of one class and neither of two of another are right: 40 %, not 57."""
+    answers = torch.tensor([0, 0, 0, 0, 1, 0, 0])
+    labels = torch.tensor([0, 0, 0, 0, 0, 1, 1])
+    loader = DataLoader(TensorDataset(F.one_hot(answers).float(), labels), 3)
+    loss, accuracy = measure(nn.Identity(), loader, balanced(labels.tolist(), 2))
+    assert accuracy == pytest.approx(40)
+    right, wrong = math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))
+    assert loss == pytest.approx(((4 * right + wrong) / 5 + wrong) / 2)
+    assert measure(nn.Identity(), loader)[1] == pytest.approx(400 / 7)
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = [0, 0, 1, 2, 2, 2, 2]
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert balanced(labels, 3).tolist() == pytest.approx(expected.tolist())

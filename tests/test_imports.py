@@ -25,7 +25,7 @@ ORDER = (
     ("methods",),
     ("results",),
     ("classifier",),
-    ("plots",),
+    ("plots", "report", "export"),
     ("finetune", "runs"),
     ("cli",),
     ("__main__",),

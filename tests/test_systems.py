@@ -99,6 +99,7 @@ for command in [
     ["finetune", "--data", "photos-✓", "--out", fine, "--weights", "none", "--size", "32",
      "--epochs", "1", "--device", "cpu"],
     ["classify", fine, "photos-✓/日本/0.png"],
+    ["classify", fine, "photos-✓", "--csv", "answers-日本.csv"],
     ["results"],
 ]:
     try:
@@ -132,12 +133,15 @@ def test_pipe_without_some_letters(tmp_path, encoding):
     out, err = (text.decode(encoding) for text in (done.stdout, done.stderr))
     assert done.returncode == 0, err
     ends = [line for line in out.splitlines() if " ends with " in line]
-    names = ["--help", "train", "evaluate", "data", "data", "finetune", "classify", "results"]
-    status = dict.fromkeys(range(9), 0) | {4: 2}
+    names = ["--help", "train", "evaluate", "data", "data", "finetune", "classify", "classify"]
+    names += ["results"]
+    status = dict.fromkeys(range(10), 0) | {4: 2}
     assert ends == [f"{n} ends with {status[k]}" for k, n in enumerate([*names, "book"])]
     japan, accent = TOLD[encoding]
     assert f"record in few-{japan}" in out
     assert f"{japan}/1.png is of mode P and is read as RGB." in out
+    assert (tmp_path / "answers-日本.csv").read_bytes().count("日本/1.png".encode()) == 1
+    assert "日本" in (tmp_path / "fine-✓" / "report.html").read_text(encoding="utf-8")
     assert f"The book is built: site-{japan}-{accent}" in out
     assert f"metautils: 'gone-{japan}-{accent}' is neither a folder" in err.replace("\\\\", "\\")
 
@@ -334,7 +338,7 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
     assert other.exitcode == 0
     left = {name: {p.name for p in (tmp_path / name).iterdir()} for name in ("few", "fine")}
     assert left["few"] == {CHECKPOINT, "record.json"}
-    assert left["fine"] == {"all_layers.pt", "model.pt", "record.json"}
+    assert left["fine"] == {"all_layers.pt", "model.pt", "record.json", "report.html"}
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["numbers.pt"]
     few, fine = (read_json(tmp_path / name / "record.json") for name in left)
     shutil.rmtree(tmp_path / "few")

@@ -384,3 +384,19 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     link(root / "c" / "gone.png", tmp_path / "gone.png")
     found = parts(root)["train"]
     assert found == {"a": ["a/0.png"], "b": ["b/0.png"], "c": ["c/1.png", "c/gone.png"]}
+
+
+def test_images_in_are_those_of_all_folders_below(tmp_path):
+    for name in ("b/x.png", "b/a/y.JPG", "a.bmp", ".hidden/z.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    found = [path.relative_to(tmp_path).as_posix() for path in tree.images_in(tmp_path)]
+    assert found == ["a.bmp", "b/x.png", "b/a/y.JPG"]
+    assert tree.images_in(tmp_path / "notes.txt") == [tmp_path / "notes.txt"]
+    assert tree.images_in(tmp_path / "gone.png") == [tmp_path / "gone.png"]  # told when it is read
+
+
+def test_folder_without_images_is_told(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "notes.txt").write_text("")
+    told_in_one_line(lambda: tree.images_in(tmp_path / "new"), "new holds no image: name images")

@@ -132,6 +132,20 @@ def find(path: Path) -> Found:
     return Found(parts, bool(folders) or len(parts) > 1, _note(whole, used, unlike))
 
 
+def images_in(path: Path) -> list[Path]:
+    """All images in a folder and in those below it; a file is itself, whatever its name.
+
+    Raises:
+        DataError: if it is a folder without any image, or cannot be read.
+    """
+    with reading(path):
+        folder = path.is_dir()
+    found = _look(path, {path.resolve()}).all_images() if folder else [path]
+    if not found:
+        raise DataError(f"{path} holds no image: name images, or folders with some in them.")
+    return found
+
+
 def part_of(name: str) -> str | None:
     """The part that a folder of this name holds: `seg_train`, `Training`, `val2017`; or None."""
     words = set(re.split(r"[\W\d_]+|(?<=[a-z])(?=[A-Z])", name))

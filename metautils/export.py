@@ -1,0 +1,115 @@
+"""A classifier as a file for other programs: ONNX, or torch's own program without our code."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import io
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from metautils.classifier import ENLARGED, Classifier, to_test
+from metautils.errors import BadArgument
+from metautils.files import check_file, save_bytes
+
+ROOM = 1 << 30  # bytes: more than a body of these has
+NEEDED = ("onnx", "onnxscript")
+
+
+class _Whole(nn.Module):
+    """A classifier from images in [0, 1] to probabilities: what is left is to cut them out."""
+
+    def __init__(self, net: Classifier) -> None:
+        super().__init__()
+        self.net = net
+        steps = [step for step in to_test(net.size).transforms if isinstance(step, v2.Normalize)]
+        mean, std = ([0.0], [1.0]) if not steps else (steps[0].mean, steps[0].std)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])  # (1 or 3, 1, 1)
+        self.register_buffer("std", torch.tensor(std)[:, None, None])  # (1 or 3, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(n, 3, size, size)` to `(n, classes)`."""
+        return self.net((images - self.mean) / self.std).softmax(1)
+
+
+def export(net: Classifier, path: Path) -> None:
+    """Write a classifier to `path`, as ONNX if it ends in `.onnx`, by `torch.export` if in `.pt2`.
+
+    Of any number of images `(n, 3, size, size)`, RGB in [0, 1], cut out as `told` says, the file
+    gives the probabilities of the classes, `(n, classes)`; normalising is inside. The names of the
+    classes and how to cut lie in it too: in `metadata_props` of ONNX, in the extra file
+    `classifier.json` of a `.pt2`.
+
+    Raises:
+        BadArgument: if the name ends otherwise, or ONNX lacks its packages or a newer torch.
+        DataError: if the file cannot be written.
+    """
+    if path.suffix not in (".onnx", ".pt2"):
+        raise BadArgument(f"--out {path} ends in neither .onnx nor .pt2: name it so.")
+    if path.suffix == ".onnx":
+        _check_onnx()
+    check_file(path, ROOM)
+    # Traced on the CPU, where every reader can run it; the weights in memory as others expect them.
+    whole = _Whole(net.cpu()).to(memory_format=torch.contiguous_format).eval()
+    made = _as_onnx if path.suffix == ".onnx" else _as_program
+    with torch.no_grad():
+        save_bytes(made(whole, told(net)), path)
+
+
+def told(net: Classifier) -> dict[str, str]:
+    """What a program must know that uses the file: classes, size and how to cut out an image."""
+    return {
+        "classes": json.dumps(net.classes),
+        "size": str(net.size),
+        "images": f"RGB in [0, 1], (n, 3, {net.size}, {net.size}): scale the short side to "
+        f"{round(net.size * ENLARGED)} pixels (bilinear, antialiased), cut out the middle",
+    }
+
+
+def _check_onnx() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BadArgument(
+            f"ONNX needs {' and '.join(missing)}: `pip install {' '.join(missing)}`, or give --out "
+            "a name that ends in .pt2."
+        )
+    if "dynamo" not in inspect.signature(torch.onnx.export).parameters:
+        raise BadArgument(
+            f"ONNX needs torch 2.5 or newer, and this is {torch.__version__}: give --out a name "
+            "that ends in .pt2."
+        )
+
+
+def _example(whole: _Whole) -> tuple[tuple[Tensor], dict]:
+    """Two images, and that there may be any other number of them."""
+    size = whole.net.size
+    return (torch.rand(2, 3, size, size),), {"images": {0: torch.export.Dim("n")}}
+
+
+def _as_onnx(whole: _Whole, told: dict[str, str]) -> bytes:
+    images, shapes = _example(whole)
+    program = torch.onnx.export(
+        whole,
+        images,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes=shapes,
+        dynamo=True,
+        verbose=False,
+    )
+    proto = program.model_proto
+    for key, value in told.items():
+        proto.metadata_props.add(key=key, value=value)
+    return proto.SerializeToString()
+
+
+def _as_program(whole: _Whole, told: dict[str, str]) -> bytes:
+    images, shapes = _example(whole)
+    file = io.BytesIO()
+    program = torch.export.export(whole, images, dynamic_shapes=shapes)
+    torch.export.save(program, file, extra_files={"classifier.json": json.dumps(told)})
+    return file.getvalue()
