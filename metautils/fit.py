@@ -57,6 +57,7 @@ def fit(
     schedule: LRScheduler,
     epochs: int,
     patience: int | None = None,
+    clip: float | None = None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     path: Path | None = None,
     settings: dict[str, Any] | None = None,
@@ -75,9 +76,10 @@ def fit(
         train: shuffled batches of inputs and int64 labels.
         validation: batches in any order.
         optimizer: over the parameters to be trained.
-        schedule: of its rates, stepped after every epoch.
+        schedule: of its rates, stepped after every batch.
         epochs: at most.
         patience: end after so many epochs without a better one (None: never).
+        clip: the largest norm that a gradient keeps (None: any).
         penalty: of the network, added to the loss of every batch.
         path: of the checkpoint, written after every epoch.
         settings: what the checkpoint must agree in to be gone on with; each is compared.
@@ -101,8 +103,7 @@ def fit(
         began = time.perf_counter()
         label = f"epoch {len(rows) + 1}"
         bar = progress_bar(train, show=progress, desc=label)
-        learnt = _epoch(net, bar, optimizer, scaler, penalty)
-        schedule.step()
+        learnt = _epoch(training, bar, scaler, clip, penalty)
         held_out = measure(net, validation)
         rows.append(Epoch(len(rows) + 1, *learnt, *held_out, time.perf_counter() - began))
         _end(training, rows, scaler)
@@ -113,15 +114,15 @@ def fit(
 
 
 def _epoch(
-    net: nn.Module,
+    training: Training,
     bar: tqdm,
-    optimizer: Optimizer,
     scaler: GradScaler,
+    clip: float | None,
     penalty: Callable[[nn.Module], Tensor] | None,
 ) -> tuple[float, float]:
     """One pass; the mean loss and the accuracy of its batches, each before its step."""
-    net.train()
-    device = device_of(net)
+    net, optimizer = training.net, training.optimizer
+    device = device_of(net.train())
     loss_sum, right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     with bar:
         for k, (x, y) in enumerate(_drawn(bar)):
@@ -131,8 +132,14 @@ def _epoch(
             loss = F.cross_entropy(logits.float(), y)
             scaler.scale(loss if penalty is None else loss + penalty(net)).backward()
             # By gradients of their own size again, or not at all where they overflowed.
+            if clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            before = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            if scaler.get_scale() >= before:  # it falls where there was no step
+                training.schedule.step()
             optimizer.zero_grad()
             # Sums stay on the device: a number asked for after every step would make it wait.
             loss_sum += loss.detach() * len(y)

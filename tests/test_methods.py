@@ -49,7 +49,6 @@ def test_presets_are_sound(method, name):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_every_size_are_learned_from(monkeypatch, method, size, channels):
     """A whole learner answers a tiny task, and each of its pieces sends gradients back."""
-    monkeypatch.setattr(pretrained, "FEATURES", 8)
     monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
     learner = methods.known()[method].make(Problem(torch.Size([channels, size, size]), 2, 2))
     labels = torch.arange(2)[None]
@@ -66,7 +65,6 @@ def test_images_of_every_size_are_learned_from(monkeypatch, method, size, channe
 @pytest.mark.parametrize("method", methods.known())
 def test_float64_is_kept_where_it_is_the_default(monkeypatch, float64, method):
     """From the images to the predictions, in training and evaluation."""
-    monkeypatch.setattr(pretrained, "FEATURES", 8)
     monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
     bank = blobs(classes=3, images=4, size=28)
     learner = methods.known()[method].make(Problem(torch.Size([1, 28, 28]), 3, 3))
