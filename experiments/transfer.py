@@ -170,13 +170,24 @@ EXPERIMENTS = {
             "weights": pretrained.LITE0,
             "recipe": RECIPE,
             "rows": [
-                {"images": 5, "draws": 5},
-                {"images": 20, "draws": 5},
-                {"images": 100, "draws": 3},
+                {"images": 5, "draws": 3},
+                {"images": 20, "draws": 3},
+                {"images": 100, "draws": 2},
                 {"images": 500, "draws": 1},
             ],
         },
         minutes=20,
+        tiny={"rows": [{"images": 5, "draws": 1}], "recipe": RECIPE | {"size": 32, "epochs": 1}},
+    ),
+    "transfer_digits": Experiment(
+        transfer,
+        {
+            "folder": "digits",
+            "weights": pretrained.LITE0,
+            "recipe": RECIPE | {"size": 64, "lr": 1e-3, "mirror": False, "epochs": 20},
+            "rows": [{"images": 20, "draws": 3}, {"images": 50, "draws": 3}],
+        },
+        minutes=10,
         tiny={"rows": [{"images": 5, "draws": 1}], "recipe": RECIPE | {"size": 32, "epochs": 1}},
     ),
 }

@@ -47,9 +47,10 @@ CHECKPOINT = "all_layers.pt"
 FEATURES, PROBE = "features.pt", "probe.pt"
 RECORD = "record.json"
 ROOM = 1000 << 20  # bytes that a run with a ResNet-50 writes: weights, AdamW's moments, the best
-STRENGTHS = [10.0**k for k in range(-1, 6)]  # C of the probe's logistic regression
+STRENGTHS = [10.0**k for k in range(-1, 4)]  # C of the probe's logistic regression
 FOLDS = 5  # of its cross-validation
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the fine-tuned weights in those that are chosen from
+SEEN = 1600  # images in stage two: a minute or two on two CPU cores
 WARM_UP = 0.1  # of the steps of stage two
 CLIP = 1.0  # the largest norm of a gradient in stage two
 
@@ -61,7 +62,8 @@ class Recipe:
     Attributes:
         size: height and width of the images, pixels; None for those that the body was made for.
         batch: images in a step.
-        epochs: of stage two, in which all layers learn; 0 leaves it out.
+        epochs: of stage two, in which all layers learn; 0 leaves it out; None for as many as 1,600
+            images take, but 2 at least and 20 at most.
         lr: of AdamW for the head and the body's last stage, halved a stage towards the images;
             None for 1e-4, or 1e-3 for all layers of an untrained body.
         decay: of weights towards 0, but for those of norms and biases.
@@ -72,13 +74,13 @@ class Recipe:
 
     Example:
         >>> recipe = Recipe(size=64, mirror=False)
-        >>> recipe.size, recipe.epochs
-        (64, 10)
+        >>> recipe.size, recipe.batch
+        (64, 32)
     """
 
     size: int | None = None
     batch: int = 32
-    epochs: int = 10
+    epochs: int | None = None
     lr: float | None = None
     decay: float = 0.01
     pull: float | None = None
@@ -226,7 +228,8 @@ def stage_two(
     AdamW with warm-up and a cosine by steps; gradients keep a norm of 1 at most.
 
     Args:
-        net: on the device where it is to be trained; afterwards with the weights of its best epoch.
+        net: on the device where it is to be trained; afterwards with the weights of its last epoch,
+            or of its best one where it began untrained.
         split: the images.
         recipe: how to train.
         probe: of `stage_one`; None for an untrained network.
@@ -251,14 +254,18 @@ def stage_two(
         return l2_sp(net, start, recipe.pull, recipe.decay)
 
     path = None if out is None else Path(out) / CHECKPOINT
+    epochs = recipe.epochs
+    if epochs is None:
+        epochs = min(20, max(2, SEEN // len(split.train)))
     return fit(
         net,
         images,
         batches(split.validation, recipe.batch, to_test(net.size), False, workers),
         optimizer,
-        LambdaLR(optimizer, _share_of_rate(recipe.epochs * len(images))),
-        recipe.epochs,
+        LambdaLR(optimizer, _share_of_rate(epochs * len(images))),
+        epochs,
         clip=CLIP,
+        choose=probe is None,
         penalty=None if recipe.pull is None else penalty,
         path=path,
         settings=None if path is None else {**asdict(recipe), **_told(net, split)},
@@ -301,7 +308,7 @@ def between(
     """Choose weights on the way from `start` to the network's own by the validation images.
 
     WiSE-FT (Wortsman et al. 2022): the mean of two networks, weight by weight, may be better than
-    both. Among equals the nearest to the start is taken.
+    both. Among equally many right answers the least loss is taken.
 
     Args:
         net: after `stage_two`; afterwards with the weights that were chosen.
@@ -320,7 +327,7 @@ def between(
         net.load_state_dict(_mixed(start, end, share))
         loss, accuracy = measure(net, images)
         rows.append({"share": share, "accuracy": accuracy, "loss": loss})
-    best = max(rows, key=lambda row: row["accuracy"])  # the first of them
+    best = max(rows, key=lambda row: (row["accuracy"], -row["loss"]))
     net.load_state_dict(_mixed(start, end, best["share"]))
     return [{**row, "chosen": row is best} for row in rows]
 
@@ -344,8 +351,6 @@ def run(
     """The whole recipe for a folder of images; writes `model.pt` and `record.json` into `out`.
 
     The probe is in `model.pt` before stage two begins, and stays there if that comes to nothing.
-    Where it is right on every validation image, stage two could not be preferred to it, and is
-    left out.
 
     Args:
         path: the images, see `metautils.data.labelled.load`.
@@ -437,7 +442,7 @@ def both_stages(
             "seconds": probe.seconds,
         }
     }
-    if not recipe.epochs or not probe.wrong:
+    if recipe.epochs == 0:
         return told
     start = copy.deepcopy(net.state_dict())
     rehearsed = {f"head.{name}": x.to(net.head.weight) for name, x in probe.rehearsed.items()}

@@ -58,6 +58,7 @@ def fit(
     epochs: int,
     patience: int | None = None,
     clip: float | None = None,
+    choose: bool = True,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     path: Path | None = None,
     settings: dict[str, Any] | None = None,
@@ -80,6 +81,7 @@ def fit(
         epochs: at most.
         patience: end after so many epochs without a better one (None: never).
         clip: the largest norm that a gradient keeps (None: any).
+        choose: the best epoch; if False, leave the network with the weights of the last.
         penalty: of the network, added to the loss of every batch.
         path: of the checkpoint, written after every epoch.
         settings: what the checkpoint must agree in to be gone on with; each is compared.
@@ -109,7 +111,8 @@ def fit(
         _end(training, rows, scaler)
         if progress:
             tqdm.write(str(rows[-1]) if len(rows) > 1 else f"{HEADS}\n{rows[-1]}")
-    training.finish()
+    if choose:
+        training.finish()
     return rows
 
 

@@ -200,6 +200,9 @@ def test_stage_two_changes_all_layers(tmp_path, split):
         assert {name for name, x in last(out).items() if torch.equal(x, before[name])} == still
         kept = load_safely(out / "all_layers.pt")["best"]
         assert same_weights(net.state_dict(), kept)
+        if net.body.fixed:  # after a probe it is the end that counts
+            stage_two(net, split, RECIPE, stage_one(net, split, RECIPE), tmp_path / "after")
+            assert same_weights(net.state_dict(), last(tmp_path / "after"))
 
 
 STATISTICS = {f"body.net.1.{x}" for x in ("running_mean", "running_var", "num_batches_tracked")}
@@ -320,14 +323,13 @@ def test_pull_goes_on_to_where_the_body_was_at_first(tmp_path, split):
 
 
 def test_weights_between_by_hand(split):
-    """The middle of two networks, and what is chosen: the nearest to the start among the best."""
+    """The middle of two networks, and what is chosen."""
     net, other = tiny_classifier(), tiny_classifier(seed=3)
     start, end = weights_of(other), weights_of(net)
     rows = between(net, start, split)
     assert [row["share"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
-    best = max(row["accuracy"] for row in rows)
-    first = next(row for row in rows if row["accuracy"] == best)
-    assert [row for row in rows if row["chosen"]] == [first]
+    best = max(rows, key=lambda row: (row["accuracy"], -row["loss"]))
+    assert [row for row in rows if row["chosen"]] == [best]
     for row in rows:
         share = row["share"]
         mixed = {k: (1 - share) * start[k].float() + share * x for k, x in end.items()}
@@ -340,12 +342,13 @@ def test_weights_between_by_hand(split):
                 torch.testing.assert_close(x, other.state_dict()[name])
 
 
-@pytest.mark.parametrize(("accuracies", "share"), [
-    ([50, 50, 50, 50, 50], 0), ([50, 60, 70, 70, 60], 0.5), ([50, 40, 40, 40, 60], 1),
+@pytest.mark.parametrize(("scores", "share"), [
+    ([(2, 50), (1, 60), (3, 70), (2, 70), (1, 60)], 0.75),
+    ([(1, 50)] * 5, 0), ([(5, 50), (2, 40), (2, 40), (2, 40), (9, 60)], 1),
 ])  # fmt: skip
-def test_nearest_to_the_start_among_the_best(split, monkeypatch, accuracies, share):
-    answers = iter(accuracies)
-    monkeypatch.setattr(finetune, "measure", lambda net, images: (1.0, next(answers)))
+def test_most_right_answers_are_chosen_and_then_the_least_loss(split, monkeypatch, scores, share):
+    answers = iter(scores)
+    monkeypatch.setattr(finetune, "measure", lambda net, images: next(answers))
     rows = between(tiny_classifier(), weights_of(tiny_classifier(seed=3)), split)
     assert [row["share"] for row in rows if row["chosen"]] == [share]
 
@@ -408,17 +411,22 @@ def test_run_leaves_a_classifier_and_a_record(tmp_path, photos, bodies, weights,
         assert sum(row["chosen"] for row in record["choice"]["rows"]) == 1
 
 
-def test_stage_two_is_left_out_where_it_could_not_be_chosen(tmp_path, photos, monkeypatch):
-    """The probe is right on all validation images, so nothing is better; or nobody asked."""
-    for name, made, epochs in (("right", tiny_body, 3), ("asked", lambda: blind(tiny_body()), 0)):
-        monkeypatch.setattr(pretrained, "body", lambda *_, made=made: made())
-        monkeypatch.setattr(finetune, "stage_two", None)
-        out = tmp_path / name
-        tested = finetune.run(photos, out, replace(RECIPE, epochs=epochs))
-        assert names_in(out) == ["features.pt", MODEL, "record.json"]
-        assert (tested.accuracy == 100) == (name == "right")
-        probe = stage_one(Classifier(made(), tuple(COLOURS), 16), labelled.load(photos), RECIPE)
-        assert same_weights(classifier.load(out / MODEL).head.state_dict(), probe.head)
+def test_probe_only_leaves_stage_two_out(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(pretrained, "body", lambda *_: tiny_body())
+    monkeypatch.setattr(finetune, "stage_two", None)
+    tested = finetune.run(photos, tmp_path, replace(RECIPE, epochs=0))
+    assert names_in(tmp_path) == ["features.pt", MODEL, "record.json"]
+    assert tested.accuracy == 100
+    probe = stage_one(Classifier(tiny_body(), tuple(COLOURS)), labelled.load(photos), RECIPE)
+    assert same_weights(classifier.load(tmp_path / MODEL).head.state_dict(), probe.head)
+
+
+@pytest.mark.parametrize(("seen", "epochs"), [(1, 2), (60, 3), (1600, 20)])
+def test_epochs_by_default_are_as_many_as_the_images_allow(split, monkeypatch, seen, epochs):
+    """Of 18 images here, never less than 2 and never more than 20."""
+    monkeypatch.setattr(finetune, "SEEN", seen)
+    some, _ = asked_of_fit(monkeypatch, learned(), split, replace(RECIPE, epochs=None))
+    assert some[5] == epochs
 
 
 def test_probe_is_saved_before_stage_two(tmp_path, photos, bodies):

@@ -146,6 +146,14 @@ def test_penalty_is_added_to_the_loss(monkeypatch):
     torch.testing.assert_close(ends[1] - ends[0], -0.01 * 10 * (start - 3))
 
 
+def test_last_epoch_is_kept_if_none_is_to_be_chosen(monkeypatch, tmp_path):
+    scripted(monkeypatch, *[(1, 70)] * 6)
+    net, _ = run(tmp_path / "x.pt", choose=False)
+    again, _ = run(tmp_path / "x.pt", choose=False)  # finished before
+    last = load_safely(tmp_path / "x.pt")["net"]
+    assert same_weights(net.state_dict(), last) and same_weights(again.state_dict(), last)
+
+
 def noted_rates(monkeypatch):
     """The rate of every step from here on."""
     rates, step = [], SGD.step
