@@ -414,7 +414,7 @@ def run(
 
 
 def both_stages(
-    net: Classifier, split: Split, recipe: Recipe, out: Path, workers: int
+    net: Classifier, split: Split, recipe: Recipe, out: Path, workers: int = 0
 ) -> dict[str, Any]:
     """Stage one, and stage two where the probe leaves something to gain; then choose on validation.
 
