@@ -92,7 +92,7 @@ class Training:
             return None
         state = _read(self.path)
         check_same_network(state["net"], self.net, self.path)
-        _check_same_settings(state["settings"], self.settings, self.path)
+        check_same_settings(state["settings"], self.settings, self.path)
         for name in PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.best, self.merit, self.best_at = (state[name] for name in ("best", "merit", "best_at"))
@@ -146,7 +146,12 @@ def check_same_network(weights: dict[str, Tensor], net: nn.Module, path: Path | 
             )
 
 
-def _check_same_settings(saved: dict[str, Any], own: dict[str, Any], path: Path) -> None:
+def check_same_settings(saved: dict[str, Any], own: dict[str, Any], path: Path) -> None:
+    """Compare the settings of what lies in a file with those of today.
+
+    Raises:
+        CheckpointMismatch: with the first that differs.
+    """
     difference = _difference(saved, own)
     if difference is not None:
         name, there, here = difference

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from metautils.data.labelled import Images
 from metautils.evaluate import wilson95
 from metautils.files import DataError, load_safely, save_atomically
 from metautils.fit import predict
+from metautils.precision import single
 
 MODEL = "model.pt"
 LONGEST = 8  # times its short side: what lies beyond in a strip is cut off before it is enlarged
@@ -30,15 +32,16 @@ ENLARGED = 232 / 224  # images are made so much larger than their crop, as for t
 class Classifier(nn.Sequential):
     """A body and a linear head, with the names of its classes and the size of its images.
 
+    The head sees features of one length, whichever body they are of: see `OneLength`.
+
     Args:
-        body: `(n, 3, h, w)` to `(n, features)`.
-        features: numbers that the body gives for an image.
+        body: `(n, 3, h, w)` in [0, 1] to `(n, features)`.
         classes: their names, a label is a place in this list.
-        size: height and width of the images, pixels.
+        size: height and width of the images, pixels; None for those that the body was made for.
 
     Example:
-        >>> body = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        >>> net = Classifier(body, ["ant", "bee"], size=32, features=3)
+        >>> pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> net = Classifier(pretrained.Body(pool, features=3), ["ant", "bee"], size=32)
         >>> net(torch.rand(4, 3, 32, 32)).shape
         torch.Size([4, 2])
         >>> sorted(net.classify(Image.new("RGB", (40, 30))))
@@ -46,15 +49,11 @@ class Classifier(nn.Sequential):
     """
 
     def __init__(
-        self,
-        body: nn.Module,
-        classes: Sequence[str],
-        size: int,
-        features: int = pretrained.FEATURES,
+        self, body: pretrained.Body, classes: Sequence[str], size: int | None = None
     ) -> None:
-        head = nn.Linear(features, len(classes))
-        super().__init__(OrderedDict(body=body, head=head))
-        self.classes, self.size = tuple(classes), size
+        head = nn.Linear(body.features, len(classes))
+        super().__init__(OrderedDict(body=body, length=OneLength(), head=head))
+        self.classes, self.size = tuple(classes), size or body.size
 
     def classify(self, image: str | Path | Image.Image) -> dict[str, float]:
         """Probabilities of the classes for one image or image file, highest first.
@@ -68,27 +67,46 @@ class Classifier(nn.Sequential):
         return ranked(self.classes, found)
 
     def save(self, path: str | Path) -> None:
-        """Write weights, names of the classes and size to one file."""
-        told = {"classes": list(self.classes), "size": self.size, "weights": self.state_dict()}
-        save_atomically(told, Path(path))
+        """Write weights, names of the classes, size and the body's name to one file."""
+        save_atomically(self.told(), Path(path))
+
+    def told(self) -> dict[str, Any]:
+        """All that `load` needs to make the same classifier."""
+        told = {"classes": list(self.classes), "size": self.size, "body": self.body.name}
+        return {**told, "weights": self.state_dict()}
+
+
+class OneLength(nn.Module):
+    """Features `(n, d)` scaled to the length sqrt(d), so that their numbers are about 1.
+
+    Example:
+        >>> OneLength()(torch.tensor([[3.0, 4.0]])).square().mean()
+        tensor(1.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, d)` to `(n, d)`, float32 or finer."""
+        return nn.functional.normalize(single(x), dim=1) * x.shape[1] ** 0.5
 
 
 def load(path: str | Path) -> Classifier:
-    """A classifier on a ResNet-50 body, as `Classifier.save` wrote it.
+    """A classifier, as `Classifier.save` wrote it.
 
     Raises:
         DataError: if the file is missing, damaged or something else.
     """
-    told, kinds = load_safely(Path(path)), {"classes": list, "size": int, "weights": dict}
+    kinds = {"classes": list, "size": int, "body": str, "weights": dict}
+    told = load_safely(Path(path))
     if not isinstance(told, dict) or not all(isinstance(told.get(x), kinds[x]) for x in kinds):
         raise DataError(f"{path} holds no classifier: name the model.pt of a fine-tuning.")
-    net = Classifier(pretrained.body(None), told["classes"], told["size"])
+    net = Classifier(pretrained.body(None, told["body"]), told["classes"], told["size"])
     try:
         net.load_state_dict(told["weights"])
     except RuntimeError as error:
         raise DataError(
             f"{path} holds another network: name the model.pt of a fine-tuning."
         ) from error
+    net.body.fixed = True
     return net.eval()
 
 
@@ -142,16 +160,16 @@ def table(classes: Sequence[str], answers: dict[str | Path, Tensor]) -> str:
 
 
 def to_train(size: int, mirror: bool) -> v2.Compose:
-    """A random crop, mirrored at random, as a normalised float tensor `(3, size, size)`."""
+    """A random crop, mirrored at random, as a float tensor `(3, size, size)` in [0, 1]."""
     flip = [v2.RandomHorizontalFlip()] if mirror else []
     crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
-    return v2.Compose([v2.ToImage(), crop, *flip, *_normalised()])
+    return v2.Compose([v2.ToImage(), crop, *flip, _as_float()])
 
 
 def to_test(size: int) -> v2.Compose:
-    """The middle of an image, as a normalised float tensor `(3, size, size)`."""
+    """The middle of an image, as a float tensor `(3, size, size)` in [0, 1]."""
     resize = v2.Resize(round(size * ENLARGED), antialias=True)
-    return v2.Compose([v2.ToImage(), _without_ends, resize, v2.CenterCrop(size), *_normalised()])
+    return v2.Compose([v2.ToImage(), _without_ends, resize, v2.CenterCrop(size), _as_float()])
 
 
 def _without_ends(image: Tensor) -> Tensor:
@@ -163,10 +181,9 @@ def _without_ends(image: Tensor) -> Tensor:
     return v2.functional.center_crop(image, [min(height, most), min(width, most)])
 
 
-def _normalised() -> list[v2.Transform]:
-    told = pretrained.IMAGENET.transforms()
+def _as_float() -> v2.ToDtype:
     # Without scale=True the numbers would stay in 0 to 255, and nobody would say so.
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(told.mean, told.std)]
+    return v2.ToDtype(torch.float32, scale=True)
 
 
 def batches(
@@ -191,7 +208,7 @@ def batches(
 def features(
     net: Classifier, images: Images, batch: int = 32, workers: int = 0, progress: bool = False
 ) -> TensorDataset:
-    """What the frozen body makes of the middle of each image: `(n, features)` with labels `(n,)`.
+    """What the head sees of the middle of each image: `(n, features)` with labels `(n,)`.
 
     In evaluation mode: neither parameters nor batch statistics change.
     """

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import torch
 
-from metautils import classifier, data, export, finetune, methods, report, results, runs
+from metautils import (
+    classifier,
+    data,
+    export,
+    finetune,
+    methods,
+    pretrained,
+    report,
+    results,
+    runs,
+)
 from metautils.data import tree
 from metautils.data.bank import Parts
 from metautils.errors import BadArgument, ReaderError
@@ -55,7 +65,7 @@ def evaluate_again(args: argparse.Namespace) -> None:
 
 
 def finetune_folder(args: argparse.Namespace) -> None:
-    """Fine-tune a ResNet-50 on a folder of images; the same command goes on if interrupted."""
+    """Fine-tune a pretrained body on a folder of images; the same command goes on if stopped."""
     names = ("size", "epochs", "batch", "lr", "pull", "seed")
     asked = {name: getattr(args, name) for name in names}
     own = {"mirror": args.mirror, "class_weights": args.class_weights}
@@ -63,6 +73,8 @@ def finetune_folder(args: argparse.Namespace) -> None:
     weights = None if args.weights == "none" else args.weights
     if weights is None and args.pull is not None:
         raise BadArgument("--l2-sp pulls to pretrained weights, so it needs other --weights.")
+    if weights is None and args.epochs == 0:
+        raise BadArgument("--probe-only trains a head on a trained body: give other --weights.")
     if args.pull is not None and args.pull < 0:
         raise BadArgument(f"--l2-sp is {args.pull}: a strength is 0 or more.")
     split = {"split_seed": args.split_seed, "groups": args.groups, "command": args.command}
@@ -197,12 +209,18 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--data", type=Path, required=True, help="folder, a subfolder for each class")
     tune.add_argument("--out", type=Path, required=True, help="folder for classifier and record")
     tune.add_argument(
-        "--weights", default="imagenet", help="imagenet (default), none, or a file of weights"
+        "--weights",
+        default=pretrained.LITE0,
+        help="efficientnet_lite0 (default), resnet50, timm:NAME, none, or a file of weights",
     )
     tune.add_argument("--size", type=_positive, help="of the images in pixels, 224 by default")
     tune.add_argument("--batch", type=_positive, help="images in a step")
-    tune.add_argument("--epochs", type=_positive, help="of all layers, at most")
-    tune.add_argument("--lr", type=_rate, help="of the body; the head's is ten times as high")
+    length = tune.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_positive, help="of all layers")
+    length.add_argument(
+        "--probe-only", dest="epochs", action="store_const", const=0, help="fit the head alone"
+    )
+    tune.add_argument("--lr", type=_rate, help="of the head, and of all layers at most")
     tune.add_argument("--l2-sp", dest="pull", type=float, help="strength of a pull to the start")
     tune.add_argument(
         "--no-mirror", dest="mirror", action="store_false", help="for letters, digits, signs"

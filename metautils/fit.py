@@ -57,6 +57,8 @@ def fit(
     schedule: LRScheduler,
     epochs: int,
     patience: int | None = None,
+    clip: float | None = None,
+    choose: bool = True,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     path: Path | None = None,
     settings: dict[str, Any] | None = None,
@@ -76,9 +78,11 @@ def fit(
         train: shuffled batches of inputs and int64 labels.
         validation: batches in any order.
         optimizer: over the parameters to be trained.
-        schedule: of its rates, stepped after every epoch.
+        schedule: of its rates, stepped after every batch.
         epochs: at most.
         patience: end after so many epochs without a better one (None: never).
+        clip: the largest norm that a gradient keeps (None: any).
+        choose: the best epoch; if False, leave the network with the weights of the last.
         penalty: of the network, added to the loss of every batch.
         path: of the checkpoint, written after every epoch.
         settings: what the checkpoint must agree in to be gone on with; each is compared.
@@ -104,28 +108,28 @@ def fit(
         began = time.perf_counter()
         label = f"epoch {len(rows) + 1}"
         bar = progress_bar(train, show=progress, desc=label)
-        learnt = _epoch(net, bar, optimizer, scaler, penalty, weights)
-        schedule.step()
+        learnt = _epoch(training, bar, scaler, clip, penalty, weights)
         held_out = measure(net, validation, weights)
         rows.append(Epoch(len(rows) + 1, *learnt, *held_out, time.perf_counter() - began))
         _end(training, rows, scaler)
         if progress:
             tqdm.write(str(rows[-1]) if len(rows) > 1 else f"{HEADS}\n{rows[-1]}")
-    training.finish()
+    if choose:
+        training.finish()
     return rows
 
 
 def _epoch(
-    net: nn.Module,
+    training: Training,
     bar: tqdm,
-    optimizer: Optimizer,
     scaler: GradScaler,
+    clip: float | None,
     penalty: Callable[[nn.Module], Tensor] | None,
     weights: Tensor | None,
 ) -> tuple[float, float]:
     """One pass; the mean loss and the accuracy of its batches, each before its step."""
-    net.train()
-    device = device_of(net)
+    net, optimizer = training.net, training.optimizer
+    device = device_of(net.train())
     loss_sum, right, seen = torch.zeros(3, device=device)
     with bar:
         for k, (x, y) in enumerate(_drawn(bar)):
@@ -137,8 +141,14 @@ def _epoch(
             loss = (counts * F.cross_entropy(logits.float(), y, reduction="none")).mean()
             scaler.scale(loss if penalty is None else loss + penalty(net)).backward()
             # By gradients of their own size again, or not at all where they overflowed.
+            if clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            before = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            if scaler.get_scale() >= before:  # it falls where there was no step
+                training.schedule.step()
             optimizer.zero_grad()
             # Sums stay on the device: a number asked for after every step would make it wait.
             loss_sum += loss.detach() * len(y)

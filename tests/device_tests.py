@@ -13,6 +13,7 @@ import pretend
 import pytest
 import torch
 from helpers import (
+    blind,
     blobs,
     quick_preset,
     same_weights,
@@ -43,7 +44,7 @@ from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
 
 REAL = ["cuda"] if torch.cuda.is_available() else []
-RECIPE = Recipe(size=16, batch=4, probe_epochs=2, epochs=2, step=1, pull=0.1)
+RECIPE = Recipe(size=16, batch=4, epochs=2, pull=0.1)
 
 
 OLD = "this torch is too old to have a device that is written in Python"
@@ -163,8 +164,7 @@ def shorten(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body of one convolution in place of a ResNet-50."""
-    monkeypatch.setattr(pretrained, "FEATURES", 8)
-    monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
+    monkeypatch.setattr(pretrained, "body", lambda *_: tiny_body())
 
 
 @pytest.mark.usefixtures("short_runs")
@@ -236,10 +236,11 @@ def test_stopped_training_ends_as_one_that_was_not(device, tmp_path):
 
 
 def test_fine_tuning(device, tmp_path, photos, monkeypatch):
-    narrow(monkeypatch)
-    monkeypatch.setattr(classifier.Classifier.__init__, "__defaults__", (8,))
+    """With both stages, as the probe of such a body leaves something to be learned."""
+    monkeypatch.setattr(pretrained, "body", lambda *_: blind(tiny_body()))
     monkeypatch.setattr(finetune, "ROOM", 1)
     first = finetune.run(photos, tmp_path, RECIPE, device=device)
+    assert (tmp_path / finetune.CHECKPOINT).exists()
     again = finetune.run(photos, tmp_path, RECIPE, device=device)  # goes on from its end
     assert again.right == first.right
     image = next((photos / "red").iterdir())

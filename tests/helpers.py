@@ -549,11 +549,22 @@ def paint(root: Path, images: int = 10, names: Iterable[str] = COLOURS, seed: in
 
 
 def tiny_body(features: int = 8, seed: int = 0) -> nn.Module:
-    """One convolution with batch normalisation; the global generator stays as it is."""
+    """A body of one convolution with batch normalisation; the global generator stays as it is."""
+    from metautils.pretrained import Body
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layers = [nn.Conv2d(3, features, 1), nn.BatchNorm2d(features), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Body(net, features, size=16)
+
+
+def blind(body: nn.Module) -> nn.Module:
+    """A tiny body whose features are the same for all images, until it learns."""
+    with torch.no_grad():
+        body.net[0].weight.zero_()
+        body.net[0].bias.abs_().add_(0.1)
+    return body
 
 
 def tiny_classifier(seed: int = 0, size: int = 16) -> nn.Module:
@@ -561,7 +572,7 @@ def tiny_classifier(seed: int = 0, size: int = 16) -> nn.Module:
     from metautils.classifier import Classifier
 
     torch.manual_seed(0)
-    return Classifier(tiny_body(seed=seed), tuple(COLOURS), size, 8)
+    return Classifier(tiny_body(seed=seed), tuple(COLOURS), size)
 
 
 IMAGE_SIZE = 16

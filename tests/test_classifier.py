@@ -15,9 +15,7 @@ from metautils.classifier import Classifier
 from metautils.classifier import to_test as of_test
 from metautils.classifier import to_train as of_train
 from metautils.evaluate import wilson95
-
-MEAN, STD = (np.array(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
+from metautils.pretrained import Body
 
 # Images as tensors
 
@@ -25,11 +23,10 @@ MEAN, STD = (np.array(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229,
 @pytest.mark.parametrize("transform", [of_train(16, True), of_test(16)], ids=["train", "test"])
 @pytest.mark.parametrize("shape", [(40, 20), (20, 40), (16, 16), (5, 9)])
 @pytest.mark.parametrize("level", [0, 255])
-def test_images_get_the_size_and_range_of_imagenet(transform, shape, level):
+def test_images_get_their_size_and_lie_between_0_and_1(transform, shape, level):
     x = transform(Image.new("RGB", shape, (level,) * 3))
     assert (x.shape, x.dtype) == ((3, 16, 16), torch.float32)
-    expected = torch.from_numpy((level / 255 - MEAN) / STD).float().expand_as(x)
-    torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(x, torch.full_like(x, level / 255))
 
 
 def halves(width=64, height=32):
@@ -42,9 +39,9 @@ def halves(width=64, height=32):
 def test_test_images_are_the_middle():
     x = of_test(16)(halves(200, 20))
     assert torch.equal(x, of_test(16)(halves(200, 20)))
-    assert (x[:, :, 0] < -1).all() and (x[:, :, -1] > 1).all()
+    assert (x[:, :, 0] < 0.2).all() and (x[:, :, -1] > 0.8).all()
     # A pixel of the short side of 20 becomes 17 / 20, of which the crop leaves 16 / 17.
-    black = (x[0] < 0).float().mean()
+    black = (x[0] < 0.5).float().mean()
     assert float(black) == pytest.approx(0.5, abs=0.07)
 
 
@@ -87,7 +84,7 @@ def odd(kind):
 def test_classify_takes_a_name_or_an_opened_image(tmp_path, kind):
     """And sees the same in both."""
     torch.manual_seed(0)
-    net, exif = Classifier(nn.Flatten(), ("a", "b"), 16, 3 * 16 * 16), Image.Exif()
+    net, exif = Classifier(Body(nn.Flatten(), 768), ("a", "b"), 16), Image.Exif()
     if kind == "lying":
         exif[0x0112] = 6
     odd(kind).save(tmp_path / "x.png", exif=exif)
@@ -103,9 +100,10 @@ def test_classify_names_a_file_that_is_no_image(tmp_path):
     told_in_one_line(lambda: net.classify(tmp_path / "y.jpg"), r"y\.jpg is no readable image")
 
 
-def test_saved_classifier_gives_the_same_answers(tmp_path):
+@pytest.mark.parametrize("kind", ["resnet50", "efficientnet_lite0", "timm:convnext_atto"])
+def test_saved_classifier_gives_the_same_answers(tmp_path, kind):
     torch.manual_seed(0)
-    net = Classifier(pretrained.body(None), ("a", "b", "c"), 32)
+    net = Classifier(pretrained.body(None, kind), ("a", "b", "c"), 32)
     x = torch.randn(4, 3, 32, 32)
     net.train()(x)  # moves the statistics
     net.save(tmp_path / "x.pt")
@@ -121,11 +119,12 @@ def test_saved_classifier_gives_the_same_answers(tmp_path):
     [
         ([1, 2], "holds no classifier: name the model.pt"),
         ({"weights": {}, "size": 32}, "holds no classifier"),
-        ({"classes": 3, "size": 32, "weights": {}}, "holds no classifier"),
-        ({"classes": ["a"], "size": 32, "weights": [1]}, "holds no classifier"),
-        ({"classes": list(COLOURS), "size": 16, "weights": tiny_classifier().state_dict()}, ""),
+        ({"classes": 3, "size": 32, "body": "resnet50", "weights": {}}, "holds no classifier"),
+        ({"classes": ["a"], "size": 32, "body": "resnet50", "weights": [1]}, "holds no class"),
+        ({"classes": ["a"], "size": 32, "weights": {}}, "holds no classifier"),
+        (tiny_classifier().told(), "holds another network"),
     ],
-    ids=["list", "without names", "a number", "a list of weights", "another body"],
+    ids=["list", "without names", "a number", "a list of weights", "no body", "another body"],
 )
 def test_file_that_holds_no_classifier(tmp_path, content, sentence):
     torch.save(content, tmp_path / "x.pt")
@@ -150,7 +149,18 @@ def test_features_are_those_of_the_body(split):
     assert labels.tolist() == split.validation.targets
     with torch.no_grad():
         x = torch.stack([of_test(16)(split.validation[k][0]) for k in range(6)])
-        torch.testing.assert_close(rows, net.body.eval()(x), atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(rows, net.length(net.body.eval()(x)), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_features_get_one_length(kind):
+    """In all digits, whatever the body computed in; of nothing, nothing."""
+    x = torch.randn(3, 16).to(kind)
+    x[2] = 0
+    y = classifier.OneLength()(x)
+    assert y.dtype == torch.promote_types(kind, torch.float32)
+    torch.testing.assert_close(y.norm(dim=1), torch.tensor([4.0, 4.0, 0.0], dtype=y.dtype))
+    assert nn.functional.cosine_similarity(x[:2].to(y), y[:2]).min() > 0.9999
 
 
 def test_last_batch_is_not_a_single_image(split):

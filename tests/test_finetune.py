@@ -12,11 +12,13 @@ from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from helpers import (
     COLOURS,
+    blind,
     flat,
     paint,
     same_weights,
@@ -26,7 +28,8 @@ from helpers import (
     weights_of,
 )
 from PIL import Image
-from torch.optim import SGD
+from torch.nn import functional as F
+from torch.optim import AdamW
 
 import metautils.files
 from metautils import classifier, cli, finetune, pretrained
@@ -34,16 +37,15 @@ from metautils.checkpoint import CheckpointMismatch
 from metautils.classifier import MODEL, Classifier
 from metautils.data import labelled
 from metautils.files import load_safely
-from metautils.finetune import Recipe, l2_sp, stage_one, stage_two
+from metautils.finetune import Recipe, between, l2_sp, stage_one, stage_two
+from metautils.fit import measure
 
-RECIPE = Recipe(
-    size=16, batch=4, probe_epochs=20, probe_lr=0.05, epochs=3, lr=3e-3, step=2, decay=0.01
-)
+RECIPE = Recipe(size=16, batch=4, epochs=3, lr=3e-3)
 
 
 def interrupted(call, work):
     """Run this training until it is stopped in a step of stage two, counted from 1."""
-    calls, whole = count(1), SGD.step
+    calls, whole = count(1), AdamW.step
 
     def step(self, *arguments, **named):
         if next(calls) == call:
@@ -51,7 +53,7 @@ def interrupted(call, work):
         return whole(self, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SGD, "step", step)
+        patch.setattr(AdamW, "step", step)
         work()
 
 
@@ -74,24 +76,70 @@ def test_stage_one_changes_the_head_alone(split, kind):
     """Not a bit of the body: neither weights nor statistics nor the count of their batches."""
     net = network(kind).train()
     body, head = weights_of(net.body), weights_of(net.head)
-    rows = stage_one(net, split, RECIPE)
+    probe = stage_one(net, split, RECIPE)
     assert same_weights(net.body.state_dict(), body)
     assert not any(map(torch.equal, net.head.state_dict().values(), head.values()))
-    assert [row.number for row in rows] == list(range(1, 21))
+    assert same_weights(net.head.state_dict(), probe.head)
     if kind == "tiny":
-        assert max(row.validation_accuracy for row in rows) == 100
+        assert (probe.accuracy, probe.wrong) == (100, 0)
         assert classifier.test(net, split.test).accuracy == 100
 
 
-def test_stage_one_follows_its_seed_alone(split):
+def test_stage_one_depends_on_nothing_drawn(split):
     ends = []
-    for before, seed in ((1, 3), (2, 3), (2, 4)):
+    for before in (1, 2):
         net = tiny_classifier()
         torch.manual_seed(before)
-        stage_one(net, split, replace(RECIPE, seed=seed))
+        stage_one(net, split, RECIPE)
         ends.append(weights_of(net))
-    assert same_weights(ends[0], ends[1])
-    assert not same_weights(ends[1], ends[2])
+    assert same_weights(*ends)
+
+
+@pytest.mark.parametrize("names", [("ant", "bee"), ("ant", "bee", "cat")])
+def test_probe_is_where_its_loss_is_least(tmp_path, names):
+    """Of the mean cross-entropy and the weights' squares: its gradient is nothing there.
+
+    Both for two classes, of which scikit-learn keeps one row, and for more; of all images and of
+    those for training alone.
+    """
+    parts = labelled.load(paint(tmp_path / "photos", 10, names))
+    net = Classifier(tiny_body(), names, 16)
+    probe = stage_one(net, parts, RECIPE)
+    rows = [classifier.features(net, part).tensors for part in parts[:2]]
+    both = [torch.cat(each) for each in zip(*rows, strict=True)]
+    assert probe.strength in finetune.STRENGTHS
+    for head, (x, y) in ((probe.head, both), (probe.rehearsed, rows[0])):
+        w, b = (head[name].double().requires_grad_() for name in ("weight", "bias"))
+        unit = x.double() / 8**0.5  # (images, 8), of length 1
+        loss = F.cross_entropy(unit @ w.T * 8**0.5 + b, y, reduction="sum")
+        # Two rows of half the difference have half its square.
+        size = (1 if len(names) > 2 else 2) * w.square().sum() * 8 / 2
+        (loss * probe.strength + size).backward()
+        assert float(w.grad.norm()) < 1e-2 * probe.strength
+        assert float(b.grad.norm()) < 1e-2 * probe.strength
+
+
+def test_strength_is_that_of_the_least_loss_on_images_left_out():
+    """Labels that tell nothing want a strong penalty, those that are plain a weak one."""
+    torch.manual_seed(0)
+    x = classifier.OneLength()(torch.randn(60, 8))
+    none, plain = torch.arange(60) % 2, (x[:, 0] > 0).long()
+    least, most = finetune._strength(x, none), finetune._strength(x, plain)
+    assert least[0] <= 1 < 100 <= most[0]
+    assert least[1] < 70 and most[1] > 90
+
+
+def test_class_of_two_images_is_cross_validated_in_two_parts():
+    torch.manual_seed(0)
+    x = classifier.OneLength()(torch.randn(20, 8))
+    assert finetune._strength(x, torch.tensor([0, 0] + [1] * 18))[0] in finetune.STRENGTHS
+
+
+def test_wrong_are_counted_without_having_been_learned(tmp_path, monkeypatch):
+    """With features that tell nothing, the answer is one class for all."""
+    parts = labelled.load(paint(tmp_path / "photos", 10))
+    net = Classifier(blind(tiny_body()), tuple(COLOURS), 16)
+    assert stage_one(net, parts, RECIPE).wrong == 4  # of six
 
 
 def body_calls(net, split, out):
@@ -114,17 +162,18 @@ def test_features_are_kept_for_a_resumed_training(tmp_path, split):
 
 
 @pytest.mark.parametrize("changed", ["body", "order", "statistics", "images", "size"])
-def test_features_of_something_else_are_not_used(tmp_path, split, photos, changed):
+def test_features_of_something_else_are_refused(tmp_path, split, photos, changed):
     body_calls(tiny_classifier(), split, tmp_path)
     net = tiny_classifier(seed=5 if changed == "body" else 0, size=12 if changed == "size" else 16)
     if changed == "order":  # of the filters, so that all their numbers are there
-        net.body[0].weight.data = net.body[0].weight.data.flip(0)
+        net.body.net[0].weight.data = net.body.net[0].weight.data.flip(0)
     if changed == "statistics":
-        net.body[1].running_mean += 0.1
+        net.body.net[1].running_mean += 0.1
     other = labelled.load(photos, seed=1) if changed == "images" else split
-    calls, head = body_calls(net, other, tmp_path)
-    assert calls == 7
-    assert same_weights(head, body_calls(net, other, None)[1])
+    before = (tmp_path / "features.pt").read_bytes()
+    with pytest.raises(CheckpointMismatch, match=r"features\.pt was made with .* to start anew"):
+        stage_one(net, other, RECIPE, tmp_path)
+    assert (tmp_path / "features.pt").read_bytes() == before
 
 
 # Stage two: all layers
@@ -135,34 +184,86 @@ def last(out):
     return load_safely(out / "all_layers.pt")["net"]
 
 
-def test_stage_two_changes_all_layers(tmp_path, split):
+def learned():
+    """A tiny classifier whose body has learned elsewhere."""
     net = tiny_classifier()
-    before = weights_of(net)
-    rows = stage_two(net, split, RECIPE, tmp_path)
-    assert [row.number for row in rows] == [1, 2, 3]
-    assert [name for name, x in last(tmp_path).items() if torch.equal(x, before[name])] == []
-    kept = load_safely(tmp_path / "all_layers.pt")["best"]
-    assert same_weights(net.state_dict(), kept)
+    net.body.fixed = True
+    return net.train()
+
+
+def test_stage_two_changes_all_layers(tmp_path, split):
+    """But for the statistics of a body that has learned before, which an untrained one learns."""
+    for net, still in ((tiny_classifier(), set()), (learned(), STATISTICS)):
+        before, out = weights_of(net), tmp_path / str(net.body.fixed)
+        rows = stage_two(net, split, RECIPE, None, out)
+        assert [row.number for row in rows] == [1, 2, 3]
+        assert {name for name, x in last(out).items() if torch.equal(x, before[name])} == still
+        kept = load_safely(out / "all_layers.pt")["best"]
+        assert same_weights(net.state_dict(), kept)
+        if net.body.fixed:  # after a probe it is the end that counts
+            stage_two(net, split, RECIPE, stage_one(net, split, RECIPE), tmp_path / "after")
+            assert same_weights(net.state_dict(), last(tmp_path / "after"))
+
+
+STATISTICS = {f"body.net.1.{x}" for x in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+def test_stage_two_starts_from_the_head_of_the_training_images(split, monkeypatch):
+    """The other one knows the validation images, which are to judge."""
+    net, starts = learned(), []
+    probe = stage_one(net, split, RECIPE)
+    monkeypatch.setattr(finetune, "fit", lambda net, *_, **__: starts.append(weights_of(net.head)))
+    stage_two(net, split, RECIPE, probe)
+    assert same_weights(starts[0], probe.rehearsed)
+    assert not same_weights(starts[0], probe.head)
+
+
+def asked_of_fit(monkeypatch, net, split, recipe):
+    """Positional and named arguments of `fit`."""
+    seen = []
+    monkeypatch.setattr(finetune, "fit", lambda *some, **named: seen.append((some, named)))
+    stage_two(net, split, recipe)
+    return seen[0]
 
 
 @pytest.mark.parametrize(("pull", "decay"), [(None, 0.01), (0.5, 0), (0.0, 0)])
 def test_rates_of_stage_two_and_its_decay(monkeypatch, split, pull, decay):
-    """The pull takes the place of the decay; the body learns at a tenth of the head's rate."""
-    seen, net = [], tiny_classifier()
-    monkeypatch.setattr(finetune, "fit", lambda *arguments: seen.extend(arguments))
-    stage_two(net, split, replace(RECIPE, pull=pull))
-    groups, penalty = seen[3].param_groups, seen[7]
-    assert [group["lr"] for group in groups] == pytest.approx([3e-3, 3e-2])
-    assert [group["weight_decay"] for group in groups] == [decay] * 2
-    assert [group["momentum"] for group in groups] == [0.9] * 2
-    owners = [net.body.parameters(), net.head.parameters()]
-    assert [list(map(id, group["params"])) for group in groups] == [
-        list(map(id, owner)) for owner in owners
-    ]
+    """The head's for the last stage, then halved; a pull takes the place of the decay."""
+    net = learned()
+    net.body.stages = [["0.weight", "0.bias"], ["1.weight", "1.bias"]]
+    some, named = asked_of_fit(monkeypatch, net, split, replace(RECIPE, pull=pull))
+    groups, penalty = some[3].param_groups, named["penalty"]
+    conv, norm = net.body.net[:2]
+    expected = [
+        (net.head.weight, 3e-3, decay), (net.head.bias, 3e-3, 0),
+        (norm.weight, 3e-3, 0), (norm.bias, 3e-3, 0),
+        (conv.weight, 1.5e-3, decay), (conv.bias, 1.5e-3, 0),
+    ]  # fmt: skip
+    flat_groups = [(w, g["initial_lr"], g["weight_decay"]) for g in groups for w in g["params"]]
+    assert [(id(w), *rest) for w, *rest in flat_groups] == [(id(w), *x) for w, *x in expected]
+    assert named["clip"] == 1
     assert (penalty is None) == (pull is None)
     if penalty is not None:  # at the start the body is where it is pulled to
         head = float(flat(list(net.head.parameters())).square().sum())
         assert float(penalty(net).detach()) == pytest.approx(0.01 / 2 * head)
+
+
+@pytest.mark.parametrize(("known", "rate"), [(True, 1e-4), (False, 1e-3)])
+def test_rate_by_default(monkeypatch, split, known, rate):
+    """An untrained body learns at one rate in all stages."""
+    net = learned() if known else tiny_classifier()
+    net.body.stages = [["0.weight", "0.bias"], ["1.weight", "1.bias"]]
+    some, _ = asked_of_fit(monkeypatch, net, split, replace(RECIPE, lr=None))
+    rates = [group["initial_lr"] for group in some[3].param_groups]
+    assert rates[:3] == [rate] * 3
+    assert rates[3:] == [rate / 2 if known else rate] * 2
+
+
+def test_rate_rises_and_then_falls_along_a_cosine():
+    share = finetune._share_of_rate(100)
+    assert [share(k) for k in range(10)] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert [share(k) for k in (10, 55, 100)] == pytest.approx([1, 0.5, 0])
+    assert [finetune._share_of_rate(1)(k) for k in range(2)] == [1, 1]
 
 
 def test_pull_keeps_the_body_near_its_start(tmp_path, split):
@@ -170,9 +271,9 @@ def test_pull_keeps_the_body_near_its_start(tmp_path, split):
     for pull in (None, 0.0, 300.0):
         net, out = tiny_classifier(), tmp_path / str(pull)
         start = {f"body.{name}": w.detach().clone() for name, w in net.body.named_parameters()}
-        stage_two(net, split, replace(RECIPE, pull=pull), out)
+        stage_two(net, split, replace(RECIPE, pull=pull), None, out)
         far[pull] = float(flat([last(out)[name] - w for name, w in start.items()]).norm())
-    assert far[300.0] < 0.2 * min(far[None], far[0.0])
+    assert far[300.0] < 0.7 * min(far[None], far[0.0])
     assert far[300.0] > 0
 
 
@@ -197,11 +298,11 @@ def test_l2_sp_by_hand():
 def test_stage_two_resumes_bit_identical(tmp_path, split, workers):
     """With crops at random, whichever process makes them."""
     whole, resumed = tiny_classifier(), tiny_classifier()
-    rows = stage_two(whole, split, RECIPE, tmp_path / "whole", workers)
+    rows = stage_two(whole, split, RECIPE, None, tmp_path / "whole", workers)
     cut = tmp_path / "cut"
-    interrupted(8, lambda: stage_two(tiny_classifier(), split, RECIPE, cut, workers))
+    interrupted(8, lambda: stage_two(tiny_classifier(), split, RECIPE, None, cut, workers))
     assert len(load_safely(cut / "all_layers.pt")["notes"]["rows"]) == 1
-    again = stage_two(resumed, split, RECIPE, cut, workers)
+    again = stage_two(resumed, split, RECIPE, None, cut, workers)
     assert [row.train_loss for row in again] == [row.train_loss for row in rows]
     assert same_weights(resumed.state_dict(), whole.state_dict())
     assert same_weights(last(tmp_path / "whole"), last(cut))
@@ -210,12 +311,46 @@ def test_stage_two_resumes_bit_identical(tmp_path, split, workers):
 def test_pull_goes_on_to_where_the_body_was_at_first(tmp_path, split):
     """Not to where it was when it was stopped, which a notebook may have kept."""
     net, recipe, cut = tiny_classifier(), replace(RECIPE, pull=1.0), tmp_path / "cut"
-    stage_two(tiny_classifier(), split, recipe, tmp_path / "whole")
-    interrupted(6, lambda: stage_two(net, split, recipe, cut))
+    stage_two(tiny_classifier(), split, recipe, None, tmp_path / "whole")
+    interrupted(6, lambda: stage_two(net, split, recipe, None, cut))
     net.zero_grad()
     with suppress(CheckpointMismatch):  # to refuse such a network is as good
-        stage_two(net, split, recipe, cut)
+        stage_two(net, split, recipe, None, cut)
         assert same_weights(last(cut), last(tmp_path / "whole"))
+
+
+# The weights between
+
+
+def test_weights_between_by_hand(split):
+    """The middle of two networks, and what is chosen."""
+    net, other = tiny_classifier(), tiny_classifier(seed=3)
+    start, end = weights_of(other), weights_of(net)
+    rows = between(net, start, split, Recipe())
+    assert [row["share"] for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    best = max(rows, key=lambda row: (row["accuracy"], -row["loss"]))
+    assert [row for row in rows if row["chosen"]] == [best]
+    for row in rows:
+        share = row["share"]
+        mixed = {k: (1 - share) * start[k].float() + share * x for k, x in end.items()}
+        other.load_state_dict(mixed | {k: x for k, x in end.items() if not x.is_floating_point()})
+        images = classifier.batches(split.validation, 4, classifier.to_test(16))
+        loss, accuracy = measure(other, images)
+        assert (row["loss"], row["accuracy"]) == (pytest.approx(loss, rel=1e-2), accuracy)
+        if row["chosen"]:
+            for name, x in net.state_dict().items():
+                torch.testing.assert_close(x, other.state_dict()[name])
+
+
+@pytest.mark.parametrize(("scores", "share"), [
+    ([(2, 50), (1, 60), (3, 70), (2, 70), (1, 60)], 0.75),
+    ([(1, 50)] * 5, 0), ([(5, 50), (2, 40), (2, 40), (2, 40), (9, 60)], 1),
+])  # fmt: skip
+def test_most_right_answers_are_chosen_and_then_the_least_loss(split, monkeypatch, scores, share):
+    answers = iter(scores)
+    monkeypatch.setattr(finetune, "measure", lambda net, images: next(answers))
+    rows = between(tiny_classifier(), weights_of(tiny_classifier(seed=3)), split, Recipe())
+    assert [row["share"] for row in rows if row["chosen"]] == [share]
 
 
 # The whole recipe
@@ -223,18 +358,23 @@ def test_pull_goes_on_to_where_the_body_was_at_first(tmp_path, split):
 
 @pytest.fixture
 def bodies(monkeypatch):
-    """Small bodies in place of a ResNet-50, another for each name of weights; what was asked."""
+    """Small bodies, another for each name of weights; what was asked.
+
+    At first they are blind, so that the probe leaves something to be learned.
+    """
     asked = []
 
-    def body(weights="imagenet"):
+    def body(weights=pretrained.LITE0, kind="resnet50"):
         asked.append(weights)
-        return tiny_body(pretrained.FEATURES, seed=len(str(weights)))
+        made = blind(tiny_body(seed=len(str(weights))))
+        made.fixed = weights is not None
+        return made.train()
 
     monkeypatch.setattr(pretrained, "body", body)
     return asked
 
 
-@pytest.mark.parametrize("weights", [None, "imagenet"])
+@pytest.mark.parametrize("weights", [None, "any"])
 def test_run_leaves_a_classifier_and_a_record(tmp_path, photos, bodies, weights, capsys):
     out = tmp_path / "new" / "out"
     t = finetune.run(photos, out, RECIPE, weights)
@@ -266,10 +406,65 @@ def test_run_leaves_a_classifier_and_a_record(tmp_path, photos, bodies, weights,
     net = classifier.load(out / MODEL)
     torch.testing.assert_close(classifier.test(net, labelled.load(photos).test).chances, t.chances)
     if weights:
-        assert t.accuracy == 100
+        told = record["stage_one"]
+        assert told["validation_wrong"] == 4 and told["strength"] in finetune.STRENGTHS
+        assert [row["share"] for row in record["choice"]["rows"]] == list(finetune.SHARES)
+        assert sum(row["chosen"] for row in record["choice"]["rows"]) == 1
 
 
-@pytest.mark.parametrize("weights", [None, "imagenet"])
+def test_probe_only_leaves_stage_two_out(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(pretrained, "body", lambda *_: tiny_body())
+    monkeypatch.setattr(finetune, "stage_two", None)
+    tested = finetune.run(photos, tmp_path, replace(RECIPE, epochs=0))
+    assert names_in(tmp_path) == ["features.pt", MODEL, "record.json"]
+    assert tested.accuracy == 100
+    probe = stage_one(Classifier(tiny_body(), tuple(COLOURS)), labelled.load(photos), RECIPE)
+    assert same_weights(classifier.load(tmp_path / MODEL).head.state_dict(), probe.head)
+
+
+@pytest.mark.parametrize(("seen", "epochs"), [(1, 2), (60, 3), (1600, 20)])
+def test_epochs_by_default_are_as_many_as_the_images_allow(split, monkeypatch, seen, epochs):
+    """Of 18 images here, never less than 2 and never more than 20."""
+    monkeypatch.setattr(finetune, "SEEN", seen)
+    some, _ = asked_of_fit(monkeypatch, learned(), split, replace(RECIPE, epochs=None))
+    assert some[5] == epochs
+
+
+def test_probe_is_saved_before_stage_two(tmp_path, photos, bodies):
+    """And the classifier of a finished run stays while the same command runs again."""
+    interrupted(1, lambda: finetune.run(photos, tmp_path, RECIPE))
+    kept = load_safely(tmp_path / MODEL)
+    probe = stage_one(Classifier(pretrained.body(), tuple(COLOURS)), labelled.load(photos), RECIPE)
+    assert torch.equal(kept["weights"]["head.weight"], probe.head["weight"])
+    finetune.run(photos, tmp_path, RECIPE)
+    finished = (tmp_path / MODEL).read_bytes()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "stage_two", Mock(side_effect=KeyboardInterrupt))
+        finetune.run(photos, tmp_path, RECIPE)
+    assert (tmp_path / MODEL).read_bytes() == finished
+
+
+def test_probe_is_kept_where_stage_two_diverges(tmp_path, photos, bodies, capsys):
+    tested = finetune.run(photos, tmp_path, replace(RECIPE, lr=1e30))
+    out = capsys.readouterr().out
+    assert re.search(r"^Warning: The loss was no longer finite .* The probe is kept\.$", out, re.M)
+    assert "no longer finite" in json.loads((tmp_path / "record.json").read_text())["diverged"]
+    probe = stage_one(Classifier(pretrained.body(), tuple(COLOURS)), labelled.load(photos), RECIPE)
+    kept = classifier.load(tmp_path / MODEL)
+    assert same_weights(kept.head.state_dict(), probe.head)
+    assert same_weights(kept.body.state_dict(), pretrained.body().state_dict())
+    assert tested.right == classifier.test(kept, labelled.load(photos).test).right
+
+
+def test_probe_with_all_images_is_kept_where_stage_two_is_no_better(tmp_path, photos, bodies):
+    finetune.run(photos, tmp_path, replace(RECIPE, lr=1e-12))
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["choice"]["rows"][0]["chosen"]
+    probe = stage_one(Classifier(pretrained.body(), tuple(COLOURS)), labelled.load(photos), RECIPE)
+    assert same_weights(classifier.load(tmp_path / MODEL).head.state_dict(), probe.head)
+
+
+@pytest.mark.parametrize("weights", [None, "any"])
 def test_run_goes_on_where_it_was_stopped(tmp_path, photos, bodies, weights):
     """In epoch 2; afterwards a finished one answers again without any training."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -279,18 +474,18 @@ def test_run_goes_on_where_it_was_stopped(tmp_path, photos, bodies, weights):
         finetune.run(photos, out, RECIPE, weights)
         record = json.loads((out / "record.json").read_text())
         del record["minutes"]
-        for row in record.get("stage_one", []) + record["stage_two"]:
+        for row in finetune._timed(record):
             del row["seconds"]
         return record, load_safely(out / MODEL)["weights"]
 
     record, end = run(whole)
     interrupted(8, lambda: run(cut))
-    assert not (cut / MODEL).exists()
+    assert (cut / MODEL).exists() == bool(weights)
     again = run(cut)
     (cut / MODEL).unlink()
     kept = (cut / "all_layers.pt").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(SGD, "step")
+        patch.setattr(AdamW, "step", Mock(side_effect=AssertionError))
         finished = run(cut)
     assert again[0] == finished[0] == record
     assert all(same_weights(weights, end) for _, weights in (again, finished))
@@ -305,7 +500,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
 
 
-@pytest.mark.parametrize("weights", [None, "imagenet"])
+@pytest.mark.parametrize("weights", [None, "any"])
 def test_minutes_are_those_of_the_whole_run(tmp_path, photos, bodies, clock, weights):
     """However often it was stopped, and when a finished one answers again."""
 
@@ -314,8 +509,8 @@ def test_minutes_are_those_of_the_whole_run(tmp_path, photos, bodies, clock, wei
         return json.loads((out / "record.json").read_bytes())["minutes"]
 
     whole = minutes(tmp_path / "whole")
-    # Half a minute for each epoch and for the test, and for the features where there are some.
-    assert whole == 0.5 * (3 + 1 + (20 + 1 if weights else 0))
+    # Half a minute for each epoch and for the test; features, probe and choice where they are.
+    assert whole == 0.5 * (3 + 1 + (3 if weights else 0))
     cut = tmp_path / "cut"
     for step in (8, 4):
         interrupted(step, lambda: minutes(cut))
@@ -354,7 +549,7 @@ def test_run_follows_its_seed_alone(tmp_path, photos, bodies):
 @pytest.mark.parametrize("changed", ["recipe", "images", "classes", "number of classes", "weights"])
 def test_another_run_does_not_go_on_with_the_checkpoint(tmp_path, photos, bodies, changed):
     """As many images of as many classes are not the same images and classes yet."""
-    out, other, recipe, weights = tmp_path / "out", photos, RECIPE, "imagenet"
+    out, other, recipe, weights = tmp_path / "out", photos, RECIPE, "any"
     finetune.run(photos, out, RECIPE)
     if changed == "recipe":
         recipe = replace(RECIPE, lr=1e-3)
@@ -365,9 +560,9 @@ def test_another_run_does_not_go_on_with_the_checkpoint(tmp_path, photos, bodies
     elif changed == "number of classes":
         other = paint(tmp_path / "photos", 15, names=("ant", "bee"))
     else:
-        weights = "another.pt"
+        weights = "another"
     before = (out / "all_layers.pt").read_bytes()
-    with pytest.raises(CheckpointMismatch, match=r"all_layers\.pt") as caught:
+    with pytest.raises(CheckpointMismatch, match=r"(all_layers|features)\.pt was made") as caught:
         finetune.run(other, out, recipe, weights)
     assert "\n" not in str(caught.value)
     assert (out / "all_layers.pt").read_bytes() == before
@@ -395,7 +590,9 @@ def test_run_goes_on_with_a_copy_of_its_images(tmp_path, photos, bodies):
     assert torch.equal(first.chances, whole.chances)
     assert same_weights(last(out), last(tmp_path / "whole"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(SGD, "step")  # finished, so that no step is left
+        patch.setattr(
+            AdamW, "step", Mock(side_effect=AssertionError)
+        )  # finished, so that no step is left
         assert finetune.run(photos, out, RECIPE).right == whole.right
 
 
@@ -407,9 +604,7 @@ def test_changed_picture_is_named_alone(tmp_path, photos, bodies):
     Image.open(file).rotate(180).save(file)
     before = (out / "all_layers.pt").read_bytes()
     name = Path(file).relative_to(copy).as_posix()
-    with pytest.raises(
-        CheckpointMismatch, match=rf"all_layers\.pt was made with .*{name}="
-    ) as told:
+    with pytest.raises(CheckpointMismatch, match=rf"features\.pt was made with .*{name}=") as told:
         finetune.run(copy, out, RECIPE)
     assert str(told.value).count(".png") == 1
     assert len(str(told.value)) < 500
@@ -510,7 +705,7 @@ def test_report_is_of_this_run(tmp_path, photos, bodies):
 
 
 def no_room(monkeypatch):
-    free = SimpleNamespace(free=(600 << 20) - 1)
+    free = SimpleNamespace(free=(1000 << 20) - 1)
     monkeypatch.setattr(metautils.files.shutil, "disk_usage", lambda path: free)
 
 
@@ -520,7 +715,7 @@ def no_room(monkeypatch):
         ("file/out", "out cannot be written to .*: choose another folder"),
         ("file", "file cannot be written to .*: choose another folder"),
         ("/proc/x", "/proc/x cannot be written to .*: choose another folder"),
-        ("full", "full has room for 599 MB, but 600 MB are needed: free some space"),
+        ("full", "full has room for 999 MB, but 1000 MB are needed: free some space"),
     ],
 )
 def test_bad_folder_is_told_before_anything_is_done(tmp_path, monkeypatch, bodies, out, sentence):
@@ -616,7 +811,8 @@ def says(capsys, arguments, sentence):
         ("gone", (), "gone is no folder: name one that holds a subfolder for each class"),
         ("one", (), r"one has 1 subfolder\(s\) of images: a classifier needs two or more"),
         ("bad", (), r"bad/red/x\.jpg is no readable image: mend or remove it"),
-        ("good", ("--weights", "gone.pt"), r"gone\.pt does not exist"),
+        ("good", ("--weights", "gone.pt"), r"gone\.pt does not exist: name a file of weights, or"),
+        ("good", ("--weights", "timm:gone"), "timm knows no body 'gone'"),
         ("good", ("--weights", "good/red/0.png"), r"good/red/0\.png is damaged, or not written"),
         ("good", ("--l2-sp", 0.1), "--l2-sp pulls to pretrained weights, so it needs other"),
         ("good", ("--out", "bad/red/x.jpg"), r"x\.jpg cannot be written to .*: choose another"),

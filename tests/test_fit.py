@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from itertools import count
@@ -9,11 +10,11 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from helpers import same_weights, weights_of
+from helpers import flat, same_weights, weights_of
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import metautils.checkpoint
@@ -55,7 +56,7 @@ def run(path=None, net=None, data=None, held_out=None, lr=0.05, epochs=EPOCHS, *
     torch.manual_seed(7)
     train = DataLoader(data or TensorDataset(*points()), 32 // BATCHES, shuffle=True)
     settings = {"penalty": lambda net: small(net), "settings": {"lr": lr}} | changed
-    schedule = StepLR(optimizer, 2)
+    schedule = StepLR(optimizer, 2 * BATCHES)
     rows = fit(
         net, train, held_out or validation(), optimizer, schedule, epochs, path=path, **settings
     )
@@ -146,7 +147,16 @@ def test_penalty_is_added_to_the_loss(monkeypatch):
     torch.testing.assert_close(ends[1] - ends[0], -0.01 * 10 * (start - 3))
 
 
-def test_rates_follow_the_schedule_epoch_by_epoch(monkeypatch):
+def test_last_epoch_is_kept_if_none_is_to_be_chosen(monkeypatch, tmp_path):
+    scripted(monkeypatch, *[(1, 70)] * 6)
+    net, _ = run(tmp_path / "x.pt", choose=False)
+    again, _ = run(tmp_path / "x.pt", choose=False)  # finished before
+    last = load_safely(tmp_path / "x.pt")["net"]
+    assert same_weights(net.state_dict(), last) and same_weights(again.state_dict(), last)
+
+
+def noted_rates(monkeypatch):
+    """The rate of every step from here on."""
     rates, step = [], SGD.step
 
     def noted(self, *arguments, **named):
@@ -154,9 +164,28 @@ def test_rates_follow_the_schedule_epoch_by_epoch(monkeypatch):
         return step(self, *arguments, **named)
 
     monkeypatch.setattr(SGD, "step", noted)
-    run(lr=0.1)
-    each = [0.1, 0.1, 0.01, 0.01, 0.001]
-    assert rates == pytest.approx([rate for rate in each for _ in range(BATCHES)])
+    return rates
+
+
+def test_rates_follow_the_schedule_step_by_step(monkeypatch):
+    rates, net = noted_rates(monkeypatch), net_of()
+    optimizer = SGD(net.parameters(), 0.1)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    train = DataLoader(TensorDataset(*points()), 32 // BATCHES)
+    fit(net, train, validation(), optimizer, schedule, 2)
+    assert rates == pytest.approx([0.1 / (1 + step) for step in range(2 * BATCHES)])
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e9, None])
+def test_gradients_keep_a_norm_of_clip_at_most(clip):
+    """By one step of plain SGD, which goes as far as its gradient is long."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    start, optimizer = weights_of(net), SGD(net.parameters(), 1.0)
+    train = DataLoader(TensorDataset(*points()), 32)
+    fit(net, train, validation(), optimizer, StepLR(optimizer, 1), 1, clip=clip)
+    moved = float(flat([x - start[name] for name, x in net.state_dict().items()]).norm())
+    assert moved == pytest.approx(0.01, rel=1e-3) if clip == 0.01 else moved > 0.1
 
 
 @pytest.mark.parametrize(
@@ -309,7 +338,9 @@ def test_step_that_overflows_is_left_out(monkeypatch):
     monkeypatch.setattr(torch.amp.GradScaler, "scale", overflowing)
     steps = []
     net.register_forward_pre_hook(lambda *_: steps.append(net[0].weight.detach().clone()))
-    _, rows = run(net=net, epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, where a schedule steps before its optimiser
+        _, rows = run(net=net, epochs=1)
     steps = steps[-2 * BATCHES : -BATCHES]  # those of the training
     assert torch.equal(steps[0], steps[1])
     assert torch.equal(steps[0], start["0.weight"])

@@ -47,7 +47,6 @@ def test_presets_are_sound(method, name):
 
 def small(monkeypatch, method, problem):
     """The learner of a method, with a tiny body if that is pretrained, and of two inner steps."""
-    monkeypatch.setattr(pretrained, "FEATURES", 8)
     monkeypatch.setattr(pretrained, "body", lambda weights: tiny_body())
     monkeypatch.setattr(baseline, "STEPS", 2)
     learner = methods.known()[method].make(problem)

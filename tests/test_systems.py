@@ -39,9 +39,9 @@ METHODS = {"mine": Method("Mine", make, {"quick": Preset(3, 2, 1, 2, episodes=3)
 """
 
 
-def small_resnet(weights: object = None) -> torch.nn.Module:
+def small_resnet(weights: object = None, kind: str = "resnet50") -> torch.nn.Module:
     """A body in place of a ResNet-50."""
-    return tiny_body(pretrained.FEATURES)
+    return tiny_body()
 
 
 def fill(root: Path, names: list[str], images: int = 5) -> Path:

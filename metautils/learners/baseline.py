@@ -15,7 +15,6 @@ from metautils.learners.base import Learner, Method, Preset, Problem, ways_of
 from metautils.learners.protonet import cosine, prototypes
 from metautils.nets import Conv4, features_of
 from metautils.precision import all_digits, single
-from metautils.pretrained import Prepared
 
 Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
 SCALE = 10.0  # of cosines; without it no class could come near a probability of 1
@@ -176,8 +175,9 @@ def _on_conv4(
 
 def _on_resnet50(problem: Problem) -> Baseline:
     """The same with a ResNet-50 from scratch, on images of 64 pixels or more."""
-    body = Prepared(pretrained.body(None), max(64, problem.image[-1]))
-    return Baseline(body, nn.Linear(pretrained.FEATURES, problem.classes), nearest_centroid)
+    body, size = pretrained.body(None), max(64, problem.image[-1])
+    larger = nn.Sequential(nn.Upsample((size, size), mode="bilinear"), body)
+    return Baseline(larger, nn.Linear(body.features, problem.classes), nearest_centroid)
 
 
 _PRESETS = {"quick": Preset(200, 64, 1, 1), "full": Preset(1250, 64, 1, 5, episodes=1000)}
