@@ -193,7 +193,7 @@ def stage_one(
     return Probe(strength, accuracy, wrong, head, rehearsed, seconds)
 
 
-def _strength(x: Tensor, y: Tensor, balanced: bool) -> tuple[float, float]:
+def _strength(x: Tensor, y: Tensor, balanced: bool = False) -> tuple[float, float]:
     """C with the least loss on images left out, and the accuracy on those in percent."""
     folds = StratifiedKFold(min(FOLDS, int(y.bincount().min())), shuffle=True, random_state=0)
     accuracy = "balanced_accuracy" if balanced else "accuracy"
@@ -205,12 +205,12 @@ def _strength(x: Tensor, y: Tensor, balanced: bool) -> tuple[float, float]:
     return STRENGTHS[best], 100 * float(found["mean_test_accuracy"][best])
 
 
-def _regression(balanced: bool, **settings: float) -> LogisticRegression:
+def _regression(balanced: bool = False, **settings: float) -> LogisticRegression:
     weights = "balanced" if balanced else None
     return LogisticRegression(max_iter=1000, class_weight=weights, **settings)
 
 
-def _fitted(x: Tensor, y: Tensor, strength: float, balanced: bool) -> dict[str, Tensor]:
+def _fitted(x: Tensor, y: Tensor, strength: float, balanced: bool = False) -> dict[str, Tensor]:
     """Weight and bias of the logistic regression of labels `(n,)` on features `(n, d)`."""
     # Features have length sqrt(d), so that C / d on them is C on features of length 1.
     fitted = _regression(balanced, C=strength / x.shape[1]).fit(x.numpy(), y.numpy())
