@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from metautils.classifier import ENLARGED, Classifier, to_test
+from metautils.classifier import ENLARGED, Classifier
 from metautils.errors import BadArgument
 from metautils.files import check_file, save_bytes
 
@@ -26,14 +25,10 @@ class _Whole(nn.Module):
     def __init__(self, net: Classifier) -> None:
         super().__init__()
         self.net = net
-        steps = [step for step in to_test(net.size).transforms if isinstance(step, v2.Normalize)]
-        mean, std = ([0.0], [1.0]) if not steps else (steps[0].mean, steps[0].std)
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])  # (1 or 3, 1, 1)
-        self.register_buffer("std", torch.tensor(std)[:, None, None])  # (1 or 3, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """`(n, 3, size, size)` to `(n, classes)`."""
-        return self.net((images - self.mean) / self.std).softmax(1)
+        return self.net(images).softmax(1)
 
 
 def export(net: Classifier, path: Path) -> None:

@@ -272,20 +272,18 @@ def _thumbnail(file: Path) -> str:
 
 
 def _curves(tested: Tested, record: dict[str, Any]) -> str:
-    """Loss and accuracy by epoch, of every stage that has epochs."""
-    titles = {"stage_one": "Stage one: the head alone", "stage_two": "Stage two: all layers"}
-    found = ""
-    for stage, title in titles.items():
-        rows = record.get(stage)
-        if not isinstance(rows, list) or not all("validation_loss" in row for row in rows or [{}]):
-            continue
-        charts = "".join(
-            _curve(rows, what, label)
-            for what, label in (("loss", "loss"), ("accuracy", "accuracy, %"))
-        )
-        found += f"<h3>{title}</h3><div class=charts>{charts}</div>"
-    caption = "<p class=soft>Dotted: training images. Solid: validation images.</p>"
-    return f"<h2>Learning curves</h2>{found}{caption}" if found else ""
+    """Loss and accuracy by epoch, of the stage that has epochs."""
+    rows = record.get("stage_two")
+    if not rows:
+        return ""
+    charts = "".join(
+        _curve(rows, what, label) for what, label in (("loss", "loss"), ("accuracy", "accuracy, %"))
+    )
+    return (
+        "<h2>Learning curves</h2><h3>Stage two: all layers</h3>"
+        f"<div class=charts>{charts}</div>"
+        "<p class=soft>Dotted: training images. Solid: validation images.</p>"
+    )
 
 
 def _curve(rows: Sequence[dict[str, Any]], what: str, label: str) -> str:
@@ -355,6 +353,13 @@ def _ticks(low: float, high: float, least: float = 0) -> list[float]:
     return [round(k * step, 9) for k in range(first, last + 1)]
 
 
+def _probe(found: dict[str, Any]) -> str:
+    """What stage one found, where there was one."""
+    if not found:
+        return ""
+    return f"{found['accuracy']:.1f} % right in cross-validation, C = {found['strength']:g}"
+
+
 def _made(tested: Tested, record: dict[str, Any]) -> str:
     """How it was made, so that it can be made again."""
     split, images = record.get("split", {}), record.get("images", {})
@@ -363,6 +368,7 @@ def _made(tested: Tested, record: dict[str, Any]) -> str:
         "Images": ", ".join(f"{count} {part}" for part, count in images.items()),
         "Split": f"seed {split.get('seed', 0)}, groups {split.get('groups') or 'none'}",
         "Weights": record.get("weights") or "random",
+        "Probe": _probe(record.get("stage_one", {})),
         "Recipe": ", ".join(f"{name} {value}" for name, value in record.get("recipe", {}).items()),
         "Minutes": record.get("minutes", ""),
         "Machine": f"{record.get('device', 'unknown')}, {record.get('threads', '?')} thread(s)",

@@ -139,7 +139,9 @@ def test_wrong_are_counted_without_having_been_learned(tmp_path, monkeypatch):
     """With features that tell nothing, the answer is one class for all."""
     parts = labelled.load(paint(tmp_path / "photos", 10))
     net = Classifier(blind(tiny_body()), tuple(COLOURS), 16)
-    assert stage_one(net, parts, RECIPE).wrong == 4  # of six
+    answers = parts.validation.targets
+    wrong = {len(answers) - answers.count(label) for label in range(3)}
+    assert min(wrong) > 0 and stage_one(net, parts, RECIPE).wrong in wrong
 
 
 def body_calls(net, split, out):
@@ -348,7 +350,7 @@ def test_weights_between_by_hand(split):
 ])  # fmt: skip
 def test_most_right_answers_are_chosen_and_then_the_least_loss(split, monkeypatch, scores, share):
     answers = iter(scores)
-    monkeypatch.setattr(finetune, "measure", lambda net, images: next(answers))
+    monkeypatch.setattr(finetune, "measure", lambda *_: next(answers))
     rows = between(tiny_classifier(), weights_of(tiny_classifier(seed=3)), split, Recipe())
     assert [row["share"] for row in rows if row["chosen"]] == [share]
 
@@ -416,7 +418,7 @@ def test_probe_only_leaves_stage_two_out(tmp_path, photos, monkeypatch):
     monkeypatch.setattr(pretrained, "body", lambda *_: tiny_body())
     monkeypatch.setattr(finetune, "stage_two", None)
     tested = finetune.run(photos, tmp_path, replace(RECIPE, epochs=0))
-    assert names_in(tmp_path) == ["features.pt", MODEL, "record.json"]
+    assert names_in(tmp_path) == ["features.pt", MODEL, "record.json", "report.html"]
     assert tested.accuracy == 100
     probe = stage_one(Classifier(tiny_body(), tuple(COLOURS)), labelled.load(photos), RECIPE)
     assert same_weights(classifier.load(tmp_path / MODEL).head.state_dict(), probe.head)
@@ -676,7 +678,7 @@ def test_class_weights_find_more_of_a_rare_class(tmp_path):
     """In both stages, and by which epoch is kept."""
     split, found = labelled.load(rare(tmp_path / "photos")), {}
     for weighted in (False, True):
-        recipe = replace(RECIPE, class_weights=weighted, epochs=4, batch=16, lr=1e-2)
+        recipe = replace(RECIPE, class_weights=weighted, epochs=12, batch=16, lr=1e-2)
         for stage in (stage_one, stage_two):
             net = tiny_classifier()
             net.classes, net.head = ("common", "rare"), torch.nn.Linear(8, 2)
@@ -697,7 +699,8 @@ def test_report_is_of_this_run(tmp_path, photos, bodies):
     t = finetune.run(photos, tmp_path, RECIPE, command="python -m metautils finetune --what")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"<p class=big>{t.accuracy:.1f} %</p>" in text
-    assert "finetune --what" in text and "Stage one" in text and "Stage two" in text
+    assert "finetune --what" in text and "Stage two" in text
+    assert "right in cross-validation" in text
     assert text.count("data:image/jpeg") == len(t.labels) - t.right
 
 
