@@ -86,7 +86,7 @@ SMALL: dict[str, dict[str, str]] = {
         "one_each, 200": "one_each, 2",
     },
     "08_pretraining_finetuning": {
-        "epochs=12,": "epochs=1, probe_epochs=2,",
+        "epochs=12,": "epochs=1,",
         "pull, steps=3": "pull, steps=1",
         "-(-len(bank) // 40)": "-(-len(bank) // 8)",
         "len(unseen), 3": "len(unseen), 9",
@@ -97,7 +97,7 @@ SMALL: dict[str, dict[str, str]] = {
         "i < 10": "i < 4",
         "40 if QUICK": "3 if QUICK",
         "200 if QUICK": "4 if QUICK",
-        "epochs=6, step=5, patience=6": "epochs=1",
+        "epochs=6": "epochs=1",
         "24 if QUICK": "2 if QUICK",
     },
     "benchmarks/episodes.py": {
