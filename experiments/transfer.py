@@ -171,8 +171,7 @@ EXPERIMENTS = {
             "recipe": RECIPE,
             "rows": [
                 {"images": 5, "draws": 3},
-                {"images": 20, "draws": 3},
-                {"images": 100, "draws": 2},
+                {"images": 20, "draws": 1},
                 {"images": 500, "draws": 1},
             ],
         },
@@ -185,7 +184,7 @@ EXPERIMENTS = {
             "folder": "digits",
             "weights": pretrained.LITE0,
             "recipe": RECIPE | {"size": 64, "lr": 1e-3, "mirror": False, "epochs": 20},
-            "rows": [{"images": 20, "draws": 3}, {"images": 50, "draws": 3}],
+            "rows": [{"images": 20, "draws": 3}, {"images": 50, "draws": 1}],
         },
         minutes=10,
         tiny={"rows": [{"images": 5, "draws": 1}], "recipe": RECIPE | {"size": 32, "epochs": 1}},

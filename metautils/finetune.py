@@ -446,7 +446,7 @@ def run(
 def both_stages(
     net: Classifier, split: Split, recipe: Recipe, out: Path, workers: int = 0
 ) -> dict[str, Any]:
-    """Stage one, and stage two where the probe leaves something to gain; then choose on validation.
+    """Stage one, stage two if the recipe has epochs for it, and the choice between them.
 
     The probe is in `out/model.pt` before stage two begins.
 

@@ -26,7 +26,7 @@ NEEDS_ONNX = pytest.mark.skipif(
 def net():
     """A classifier whose answers differ from image to image."""
     torch.manual_seed(0)
-    made = classifier.Classifier(tiny_body(), tuple(COLOURS), 16, 8)
+    made = classifier.Classifier(tiny_body(), tuple(COLOURS), 16)
     made.train()(3 * torch.randn(64, 3, 16, 16))  # moves the statistics
     with torch.no_grad():
         made.head.weight *= 8

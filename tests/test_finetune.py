@@ -6,6 +6,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,6 +20,7 @@ import pytest
 import torch
 from helpers import (
     COLOURS,
+    ROOT,
     blind,
     flat,
     paint,
@@ -444,6 +447,48 @@ def test_probe_is_saved_before_stage_two(tmp_path, photos, bodies):
         patch.setattr(finetune, "stage_two", Mock(side_effect=KeyboardInterrupt))
         finetune.run(photos, tmp_path, RECIPE)
     assert (tmp_path / MODEL).read_bytes() == finished
+
+
+KILLED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from helpers import blind, tiny_body
+from metautils import finetune, pretrained
+from test_finetune import RECIPE
+
+def body(*_):
+    made = blind(tiny_body())
+    made.fixed = True
+    return made.train()
+
+pretrained.body = body
+finetune.run(sys.argv[1], Path(sys.argv[2]), replace(RECIPE, epochs=12))
+"""
+
+
+def test_killed_and_resumed_run_ends_as_one_that_was_not(tmp_path, photos):
+    """Killed outright, between the stages and in the middle of the second."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+    def begun(out):
+        command = [sys.executable, "-c", KILLED, str(photos), str(out)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)  # fmt: skip
+
+    cut, killed = tmp_path / "cut", 0
+    for name in (MODEL, "all_layers.pt"):
+        process = begun(cut)
+        while not (cut / name).exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        killed += process.wait() != 0
+    assert killed == 2
+    assert [begun(out).wait() for out in (cut, tmp_path / "whole")] == [0, 0]
+    ends = [load_safely(out / MODEL)["weights"] for out in (cut, tmp_path / "whole")]
+    assert same_weights(*ends)
+    assert same_weights(last(cut), last(tmp_path / "whole"))
 
 
 def test_probe_is_kept_where_stage_two_diverges(tmp_path, photos, bodies, capsys):

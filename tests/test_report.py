@@ -138,7 +138,7 @@ def test_learning_curves_of_the_stage_that_has_epochs(soup, tested, record):
     (drawn,) = [each for each in curves if each.name == "div"]
     assert [len(x["points"].split()) for x in drawn.find_all("polyline")] == [3] * 4
     once = report.page(tested, record | {"stage_two": record["stage_two"][:1]})
-    (drawn,) = BeautifulSoup(once, "html.parser").select(".charts")
+    (drawn,) = parsed(once).select(".charts")
     assert len(drawn.find_all("circle")) == 4  # a single epoch is a dot
     probe_only = report.page(tested, {k: x for k, x in record.items() if k != "stage_two"})
     assert "Learning curves" not in probe_only

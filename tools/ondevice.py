@@ -86,13 +86,13 @@ SMALL: dict[str, dict[str, str]] = {
         "one_each, 200": "one_each, 2",
     },
     "08_pretraining_finetuning": {
-        "epochs=12,": "epochs=1, probe_epochs=2,",
+        "epochs=12,": "epochs=1,",
         "pull, steps=3": "pull, steps=1",
         "min(96,": "min(16,",
         "70 if QUICK": "2 if QUICK",
         "drawings=50": "drawings=6",
         "i < 10": "i < 4",
-        "epochs=6, step=5, patience=6": "epochs=1",
+        "epochs=6": "epochs=1",
     },
     "09_few_shot_from_pretraining": {
         "-(-len(bank) // 40)": "-(-len(bank) // 8)",
