@@ -172,6 +172,7 @@ EXPERIMENTS = {
             "rows": [
                 {"images": 5, "draws": 3},
                 {"images": 20, "draws": 1},
+                {"images": 100, "draws": 1},
                 {"images": 500, "draws": 1},
             ],
         },
