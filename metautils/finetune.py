@@ -200,9 +200,18 @@ def _strength(x: Tensor, y: Tensor, balanced: bool = False) -> tuple[float, floa
     scores = {"loss": "neg_log_loss", "accuracy": accuracy}
     grid = {"C": [c / x.shape[1] for c in STRENGTHS]}
     search = GridSearchCV(_regression(balanced), grid, scoring=scores, refit=False, cv=folds)
-    found = search.fit(x.numpy(), y.numpy()).cv_results_
+    found = search.fit((x @ _axes(x)).numpy(), y.numpy()).cv_results_
     best = int(found["mean_test_loss"].argmax())
     return STRENGTHS[best], 100 * float(found["mean_test_accuracy"][best])
+
+
+def _axes(x: Tensor) -> Tensor:
+    """Orthonormal axes `(d, min(n, d))` of the space in which the features `(n, d)` lie.
+
+    The head that is looked for lies there too, since what is across it would cost and do nothing;
+    of few images there are far fewer axes than features, and the fit is as much faster.
+    """
+    return torch.linalg.qr(x.T)[0] if len(x) < x.shape[1] else torch.eye(x.shape[1]).to(x)
 
 
 def _regression(balanced: bool = False, **settings: float) -> LogisticRegression:
@@ -213,8 +222,10 @@ def _regression(balanced: bool = False, **settings: float) -> LogisticRegression
 def _fitted(x: Tensor, y: Tensor, strength: float, balanced: bool = False) -> dict[str, Tensor]:
     """Weight and bias of the logistic regression of labels `(n,)` on features `(n, d)`."""
     # Features have length sqrt(d), so that C / d on them is C on features of length 1.
-    fitted = _regression(balanced, C=strength / x.shape[1]).fit(x.numpy(), y.numpy())
+    axes, c = _axes(x), strength / x.shape[1]
+    fitted = _regression(balanced, C=c).fit((x @ axes).numpy(), y.numpy())
     w, b = (torch.from_numpy(z).float() for z in (fitted.coef_, fitted.intercept_))
+    w = w @ axes.T  # (classes, d)
     if len(w) == 1:  # of two classes scikit-learn keeps the difference
         w, b = torch.cat([-w / 2, w / 2]), torch.cat([-b / 2, b / 2])
     return {"weight": w, "bias": b}

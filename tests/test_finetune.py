@@ -24,6 +24,7 @@ from helpers import (
     blind,
     flat,
     paint,
+    relative,
     same_weights,
     tiny_body,
     tiny_classifier,
@@ -31,6 +32,7 @@ from helpers import (
     weights_of,
 )
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 from torch.optim import AdamW
 
@@ -130,6 +132,22 @@ def test_strength_is_that_of_the_least_loss_on_images_left_out():
     least, most = finetune._strength(x, none), finetune._strength(x, plain)
     assert least[0] <= 1 < 100 <= most[0]
     assert least[1] < 70 and most[1] > 90
+
+
+@pytest.mark.parametrize("images", [24, 60])
+def test_probe_of_few_images_is_the_logistic_regression_on_all_features(images):
+    """Fitted along the axes in which they lie, of which there are fewer than features."""
+    torch.manual_seed(0)
+    y = torch.arange(images) % 3
+    x = classifier.OneLength()(torch.randn(images, 40) + torch.randn(3, 40)[y])
+    plain = LogisticRegression(C=10 / 40, max_iter=5000, tol=1e-9)
+    plain.fit(x.double().numpy(), y.numpy())
+    found = finetune._fitted(x, y, 10.0)
+    assert relative(found["weight"].double(), torch.from_numpy(plain.coef_)) < 1e-3
+    chances = F.linear(x, **found).softmax(1).double()
+    torch.testing.assert_close(
+        chances, torch.from_numpy(plain.predict_proba(x.double().numpy())), atol=1e-3, rtol=0
+    )
 
 
 def test_class_of_two_images_is_cross_validated_in_two_parts():
