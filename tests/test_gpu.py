@@ -1,5 +1,6 @@
 """What `make gpu` does: parts that may fail without one another, within its time."""
 
+import os
 import subprocess
 import sys
 import time
@@ -40,6 +41,14 @@ def test_without_a_gpu_a_sentence_says_what_can_be_tried(monkeypatch, capsys):
     assert gpu.main() == 2
     told = capsys.readouterr().out
     assert told.startswith("There is no GPU") and "--device pretend" in told
+
+
+def test_packages_that_were_carried_along_are_found(monkeypatch):
+    """Where `PYTHONPATH` names their folder, a part must look there too, after our own."""
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    assert gpu.search_path().split(os.pathsep) == [str(ROOT), "/carried"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert gpu.search_path() == str(ROOT)
 
 
 def test_parts_end_apart(tmp_path, monkeypatch, capsys):
