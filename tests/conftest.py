@@ -27,6 +27,26 @@ sys.path.insert(0, str(ROOT / "tools"))
 pytest.register_assert_rewrite("helpers")  # so that a failed check tells its values
 
 
+def pytest_configure() -> None:
+    """Start the kernel of a notebook once more if it dies before it has said anything.
+
+    Kernels that start at the same time may choose the same port.
+    """
+    try:
+        from nbval import kernel
+    except ImportError:  # where only the package is tested
+        return
+    once = kernel.start_new_kernel
+
+    def twice(*args: object, **kwargs: object) -> object:
+        try:
+            return once(*args, **kwargs)
+        except RuntimeError:
+            return once(*args, **kwargs)
+
+    kernel.start_new_kernel = twice
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that no process is left alone with it at the end."""
     items.sort(key=lambda item: (item.path.suffix != ".ipynb", not item.get_closest_marker("book")))
