@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -41,6 +42,7 @@ from metautils import classifier, cli, finetune, pretrained
 from metautils.checkpoint import CheckpointMismatch
 from metautils.classifier import MODEL, Classifier
 from metautils.data import labelled
+from metautils.evaluate import wilson95
 from metautils.files import load_safely
 from metautils.finetune import Recipe, between, l2_sp, stage_one, stage_two
 from metautils.fit import measure
@@ -445,6 +447,72 @@ def test_probe_only_leaves_stage_two_out(tmp_path, photos, monkeypatch):
     assert tested.accuracy == 100
     probe = stage_one(Classifier(tiny_body(), tuple(COLOURS)), labelled.load(photos), RECIPE)
     assert same_weights(classifier.load(tmp_path / MODEL).head.state_dict(), probe.head)
+
+
+def spread(root, images, classes=2):
+    """Plain colours with a little noise, which a probe tells apart."""
+    random = np.random.default_rng(0)
+    for k in range(classes):
+        (root / f"c{k}").mkdir(parents=True)
+        for i in range(images):
+            pixels = random.integers(0, 90, (8, 8, 3), dtype=np.uint8)
+            pixels[..., k] += 160
+            Image.fromarray(pixels).save(root / f"c{k}" / f"{i}.png")
+    return root
+
+
+OPEN = replace(RECIPE, epochs=None)
+LEFT_OUT = r"^Stage two is left out, as the probe has 95\.\d % or more right .* --epochs 2 or more"
+
+
+@pytest.mark.parametrize(("images", "recipe", "rows"), [
+    (50, OPEN, 0), (20, OPEN, 20), (50, replace(OPEN, epochs=2), 2),
+])  # fmt: skip
+def test_stage_two_is_left_out_where_the_probe_is_good_for_sure(
+    tmp_path, monkeypatch, capsys, images, recipe, rows
+):
+    """All of 80 right are enough, all of 32 are not; and who asks for it gets it."""
+    monkeypatch.setattr(pretrained, "body", lambda *_: tiny_body())
+    finetune.run(spread(tmp_path / "photos", images), tmp_path / "out", recipe)
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["stage_one"]["accuracy"] == 100
+    assert len(record["stage_two"]) == rows
+    assert (record.get("left_out") is None) == (rows > 0) == ("choice" in record)
+    assert bool(re.search(LEFT_OUT, capsys.readouterr().out, re.M)) == (rows == 0)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert ("left out, as the probe has 95." in page) == (rows == 0)
+    if not rows:
+        probe = stage_one(Classifier(tiny_body(), ("c0", "c1")), labelled.load(tmp_path / "photos"),
+                          recipe)  # fmt: skip
+        kept = classifier.load(tmp_path / "out" / MODEL)
+        assert same_weights(kept.head.state_dict(), probe.head)
+
+
+def test_stage_two_that_was_begun_is_gone_on_with(tmp_path, monkeypatch):
+    """Or refused, if it was of another recipe; its classifier is not replaced by the probe."""
+    monkeypatch.setattr(pretrained, "body", lambda *_: tiny_body())
+    photos, out = spread(tmp_path / "photos", 50), tmp_path / "out"
+    finetune.run(photos, out, replace(OPEN, epochs=2))
+    before = (out / MODEL).read_bytes()
+    with pytest.raises(CheckpointMismatch, match="epochs=2"):
+        finetune.run(photos, out, OPEN)
+    assert (out / MODEL).read_bytes() == before
+
+
+@pytest.mark.parametrize(("right", "counts", "weighted", "lowest"), [
+    (100.0, (40, 40), False, wilson95(80, 80)[0]),
+    (97.5, (40, 40), False, wilson95(78, 80)[0]),
+    (100.0, (76, 4), False, wilson95(80, 80)[0]),
+    (100.0, (40, 40), True, wilson95(80, 80)[0]),
+    (100.0, (76, 4), True, wilson95(15, 15)[0]),
+])  # fmt: skip
+def test_how_good_a_probe_is_for_sure(right, counts, weighted, lowest):
+    """Where classes count alike, 76 and 4 images tell as much as 2^2 / (1/76 + 1/4) = 15 do."""
+    labels = [0] * counts[0] + [1] * counts[1]
+    train = SimpleNamespace(targets=labels[::2], classes=("a", "b"))
+    split = labelled.Split(train, SimpleNamespace(targets=labels[1::2]), None)
+    probe = finetune.Probe(1.0, right, 0, {}, {}, 0.0)
+    assert finetune._surely(probe, split, Recipe(class_weights=weighted)) == pytest.approx(lowest)
 
 
 @pytest.mark.parametrize(("seen", "epochs"), [(1, 2), (60, 3), (1600, 20)])
