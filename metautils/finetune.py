@@ -416,7 +416,8 @@ def run(
 
     Raises:
         DataError: if images, weights or folder are not as they should be, before any training.
-        BadArgument: if images are so small that a batch of one has no variance.
+        BadArgument: if images are so small that a batch of one has no variance, or of a size that
+            the body refuses.
         CheckpointMismatch: if `out` holds a run with other images or settings.
         Diverged: if the loss of an untrained network is no longer finite.
     """
@@ -432,6 +433,7 @@ def run(
     _print(split)
     torch.manual_seed(recipe.seed)
     net = Classifier(pretrained.body(weights), split.train.classes, recipe.size).to(device)
+    _check_size(net)
     before = written_at(out / CHECKPOINT)
     if weights is None:
         stages = {"stage_two": _rows(stage_two(net, split, recipe, None, out, workers, True))}
@@ -469,6 +471,22 @@ def run(
     write_json(record, out / RECORD)
     report.write(tested, record, out / report.REPORT)
     return tested
+
+
+@torch.no_grad()
+def _check_size(net: Classifier) -> None:
+    """One blank image goes through; many transformers take no size but the one they learned."""
+    device = net.head.weight.device
+    try:
+        net.eval()(torch.zeros(1, 3, net.size, net.size, device=device))
+    except (AssertionError, RuntimeError) as error:
+        if net.size == net.body.size or "memory" in str(error):
+            raise
+        raise BadArgument(
+            f"--size {net.size}: {net.body.name} was made for images of {net.body.size} pixels and "
+            "refuses others: leave --size out."
+        ) from error
+    net.train()
 
 
 def both_stages(

@@ -42,6 +42,7 @@ from metautils import classifier, cli, finetune, pretrained
 from metautils.checkpoint import CheckpointMismatch
 from metautils.classifier import MODEL, Classifier
 from metautils.data import labelled
+from metautils.errors import BadArgument
 from metautils.evaluate import wilson95
 from metautils.files import load_safely
 from metautils.finetune import Recipe, between, l2_sp, stage_one, stage_two
@@ -870,6 +871,38 @@ def test_bad_images_are_told_before_any_training(tmp_path, bodies):
     told_in_one_line(lambda: finetune.run(root, tmp_path / "out", RECIPE), r"red/x\.jpg is no read")
     assert bodies == []
     assert names_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128s"])
+def test_size_that_a_body_refuses_is_told_before_any_training(tmp_path, photos, monkeypatch, name):
+    """By an assertion of timm's or by shapes that do not fit; its own size is taken."""
+    made = pretrained.body(None, f"timm:{name}")
+    monkeypatch.setattr(pretrained, "body", lambda *_: made)
+    monkeypatch.setattr(finetune, "both_stages", Mock(side_effect=KeyError))
+    told = rf"^--size 64: timm:{name} was made for images of 224 pixels and refuses others: leave"
+    with pytest.raises(BadArgument, match=told):
+        finetune.run(photos, tmp_path, replace(RECIPE, size=64))
+    assert names_in(tmp_path) == []
+    with pytest.raises(KeyError):
+        finetune.run(photos, tmp_path, replace(RECIPE, size=None))
+
+
+def test_size_that_takes_too_much_memory_is_another_matter(monkeypatch):
+    net = tiny_classifier(size=32)
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+    monkeypatch.setattr(net.body, "forward", Mock(side_effect=error))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        finetune._check_size(net)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_look_at_the_size_changes_nothing(fixed):
+    net = tiny_classifier(size=32)
+    net.body.fixed = fixed
+    before, state = weights_of(net.train()), torch.get_rng_state()
+    finetune._check_size(net)
+    assert same_weights(net.state_dict(), before) and torch.equal(torch.get_rng_state(), state)
+    assert net.training and net.body.net[1].training != fixed
 
 
 @pytest.mark.parametrize(("file", "left"), [(1, []), (2, ["features.pt"])])
