@@ -111,7 +111,6 @@ SMALL: dict[str, dict[str, str]] = {
     "benchmarks/finetune.py": {
         "ROUNDS, EPOCHS, BATCH = 5, 10, 32": "ROUNDS, EPOCHS, BATCH = 1, 1, 2",
         "(64, 224)": "(32,)",
-        "measure(224, 4, False)": "measure(64, 4, False)",
     },
     "benchmarks/inner_loop.py": {
         "ROUNDS = 7": "ROUNDS = 1",
