@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache
+from functools import cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from metautils.files import DataError
+from metautils.progress import progress_bar
 
 # Those of Pillow's that hold pictures; others are pages (PDF, EPS), films, or icons of a system.
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM"}
@@ -24,6 +27,8 @@ UNREAD = {".heic", ".heif", ".hif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".or
 # What systems leave beside the files of a person; whatever begins with a dot is hidden anyway.
 LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle"}
 LEFTOVERS |= {"$recycle.bin", "system volume information", "lost+found"}
+
+READERS = 4  # images that are open at the same time, at most: each may take a hundred megabytes
 
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLES = 258, 262, 274, 339  # tags of TIFF, and of EXIF
 UPRIGHT = {
@@ -89,18 +94,20 @@ def damage_told(file: str | Path | Image.Image) -> Iterator[None]:
         raise DataError(f"{file} is no readable image: mend or remove it ({why}).") from error
 
 
-def read_each(read: Callable[[Any], Any], files: Iterable[Any]) -> list[Any]:
-    """What `read` makes of each file.
+def read_each(
+    read: Callable[[Any], Any], files: Sequence[Any], progress: bool = False
+) -> list[Any]:
+    """What `read` makes of each file, in their order; a few are read at the same time.
 
     Raises:
         DataError: after the last file, if some cannot be read; it names the first five.
     """
-    found, bad = [], {}
-    for file in files:
-        try:
-            found.append(read(file))
-        except DataError as error:
-            bad[file] = error
+    # Threads will do, as decoders and hashes let others work beside them.
+    with ThreadPool(min(READERS, os.cpu_count() or 1)) as pool:
+        answers = pool.imap(partial(_tried, read), files)
+        found = [*progress_bar(answers, show=progress, desc="read images", total=len(files))]
+    told = zip(files, found, strict=True)
+    bad = {file: error for file, error in told if isinstance(error, DataError)}
     if len(bad) > 1:
         names, more = ", ".join(map(str, [*bad][:5])), len(bad) - 5
         raise DataError(
@@ -110,6 +117,14 @@ def read_each(read: Callable[[Any], Any], files: Iterable[Any]) -> list[Any]:
     for error in bad.values():
         raise error
     return found
+
+
+def _tried(read: Callable[[Any], Any], file: Any) -> Any:
+    """What is read, or the sentence on why it cannot be."""
+    try:
+        return read(file)
+    except DataError as error:
+        return error
 
 
 def _tags(opened: Image.Image) -> dict[int, Any]:
