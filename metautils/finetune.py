@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -190,9 +191,12 @@ def stage_one(
     began = time.perf_counter()
     x = torch.cat([train.tensors[0], validation.tensors[0]])  # (images, features)
     y = torch.cat([train.tensors[1], validation.tensors[1]])  # (images,)
-    strength, accuracy = _strength(x, y, recipe.class_weights)
-    head = _fitted(x, y, strength, recipe.class_weights)
-    rehearsed = _fitted(*train.tensors, strength, recipe.class_weights)
+    # Steps of L-BFGS are small: two threads that wait for one another actively took 40 s beside
+    # other jobs, where one takes 1.
+    with threadpool_limits(1):
+        strength, accuracy = _strength(x, y, recipe.class_weights)
+        head = _fitted(x, y, strength, recipe.class_weights)
+        rehearsed = _fitted(*train.tensors, strength, recipe.class_weights)
     logits = nn.functional.linear(validation.tensors[0], *rehearsed.values())
     wrong = int((logits.argmax(1) != validation.tensors[1]).sum())
     net.head.load_state_dict(head)
