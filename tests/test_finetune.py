@@ -95,7 +95,7 @@ def test_stage_one_changes_the_head_alone(split, kind):
 
 
 def test_probe_is_fitted_by_one_thread(split, monkeypatch):
-    """Beside other jobs more of them wait for one another most of the time."""
+    """More of them are many times slower beside other jobs."""
     seen = []
     for name in ("_strength", "_fitted"):
         whole = getattr(finetune, name)
