@@ -179,7 +179,7 @@ EXPERIMENTS = {
                 {"images": 500, "draws": 1},
             ],
         },
-        minutes=20,
+        minutes=34,
         tiny={"rows": [{"images": 5, "draws": 1}], "recipe": RECIPE | {"size": 32, "epochs": 1}},
     ),
     "transfer_digits": Experiment(

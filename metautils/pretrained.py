@@ -44,7 +44,7 @@ class Body(nn.Module):
         size: height and width that it was made for, pixels.
         mean: of each channel, that is subtracted.
         std: of each channel, that is divided by.
-        enlarged: short side of the images from whose middle it was tested, in crops: 1 or more.
+        enlarged: short side of the images from whose middle it was tested, in crops.
         interpolation: how they were scaled, "bilinear" or "bicubic".
         stages: names of `net`'s parameters, a list for each stage, from the images to the
             features; None for a single stage.

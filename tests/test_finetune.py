@@ -34,6 +34,7 @@ from helpers import (
 )
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.nn import functional as F
 from torch.optim import AdamW
 
@@ -91,6 +92,24 @@ def test_stage_one_changes_the_head_alone(split, kind):
     if kind == "tiny":
         assert (probe.accuracy, probe.wrong) == (100, 0)
         assert classifier.test(net, split.test).accuracy == 100
+
+
+def test_probe_is_fitted_by_one_thread(split, monkeypatch):
+    """More of them are many times slower beside other jobs."""
+    seen = []
+    for name in ("_strength", "_fitted"):
+        whole = getattr(finetune, name)
+
+        def noted(*some, whole=whole):
+            seen.extend(pool["num_threads"] for pool in threadpool_info())
+            return whole(*some)
+
+        monkeypatch.setattr(finetune, name, noted)
+    with threadpool_limits(2):
+        before = [pool["num_threads"] for pool in threadpool_info()]
+        stage_one(tiny_classifier(), split, RECIPE)
+        assert [pool["num_threads"] for pool in threadpool_info()] == before
+    assert set(seen) == {1} and 2 in before
 
 
 def test_stage_one_depends_on_nothing_drawn(split):

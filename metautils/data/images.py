@@ -102,6 +102,7 @@ def read_each(
     Raises:
         DataError: after the last file, if some cannot be read; it names the first five.
     """
+    Image.init()  # else a thread could miss formats while another loads them
     # Threads will do, as decoders and hashes let others work beside them.
     with ThreadPool(min(READERS, os.cpu_count() or 1)) as pool:
         answers = pool.imap(partial(_tried, read), files)
