@@ -101,7 +101,7 @@ def trained(
 ) -> dict[str, list]:
     """Which test images are right after this training, and the loss of each epoch before."""
     torch.manual_seed(recipe.seed)  # the order and the crops are the same for every recipe
-    optimizer, change = optimizer_of(net, **how), to_train(net.size, recipe.mirror)
+    optimizer, change = optimizer_of(net, **how), to_train(net, recipe.mirror)
     images = batches(split.train, recipe.batch, change, True)
     # Nothing is chosen, so a single image does for the validation that `fit` insists on.
     one = batches(split.validation.only([0]), 1, change)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import os
 import pickle
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,7 +191,9 @@ def _check_hash(path: Path, expected: str) -> None:
 
 def _package(name: str, to_install: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():  # tqdm misses widgets, which nothing here shows
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            return importlib.import_module(name)
     except ImportError as error:
         raise DataError(
             f"This body needs the package {to_install}, which is not installed here: "
