@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,11 +93,20 @@ class Evaluation:
 def episode_accuracy(learner: Learner, sampler: EpisodeSampler, episodes: int) -> Tensor:
     """Percent right in each of the next `episodes` episodes of `sampler`, `(episodes,)`.
 
-    The learner is put into evaluation mode for the while.
+    The learner is put into evaluation mode for the while. One that can answer from features embeds
+    each image of the bank once, if the episodes would show it more images than there are.
     """
-    return 100 * _per_task(
-        learner, sampler, episodes, lambda logits, y: (logits.argmax(-1) == y).float().mean(1)
+    was_training, shown = learner.training, sampler.ways * (sampler.shots + sampler.queries)
+    few = len(sampler.bank.images) < episodes * shown and not (sampler.rotate or sampler.vary)
+    judged = learner
+    if few and hasattr(learner, "on_features"):
+        sampler = copy.copy(sampler)  # with the same generator, which moves on
+        judged, sampler.bank = learner.on_features(sampler.bank)
+    right = _per_task(
+        judged, sampler, episodes, lambda logits, y: (logits.argmax(-1) == y).float().mean(1)
     )
+    learner.train(was_training)
+    return 100 * right
 
 
 def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) -> Tensor:

@@ -111,7 +111,7 @@ def test_program_answers_as_the_classifier(tmp_path, net, pictures):
 
 
 def test_command_line_exports_and_says_how_to_use_it(tmp_path, net, capsys, monkeypatch):
-    monkeypatch.setattr(cli.classifier, "load", lambda path: net)
+    monkeypatch.setattr(classifier, "load", lambda path: net)
     out = tmp_path / "model.pt2"
     assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 0
     told = capsys.readouterr().out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Size, Tensor, nn
@@ -154,7 +154,7 @@ class Preset:
         tasks: in a training episode.
         episodes: of the test.
         lr: of Adam at the start.
-        clip: of meta-gradients, see `meta_train`.
+        clip, warm_up: of meta-gradients and of the rate, see `meta_train`.
 
     Example:
         >>> preset = Preset(steps=200, ways=20, shots=1, queries=5)
@@ -170,6 +170,12 @@ class Preset:
     episodes: int = 600
     lr: float = 1e-3
     clip: float | None = None
+    warm_up: int | None = None
+
+
+# Of methods on a body that has learned elsewhere: few steps at a small rate.
+_GENTLE = Preset(90, 10, 1, 5, lr=1e-4, clip=1.0, warm_up=30)
+ON_BODY = {"quick": _GENTLE, "full": replace(_GENTLE, steps=185)}
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,9 @@ class Method:
             `"episode"`.
         any_ways: can be tested with other ways than it was trained with.
         any_shots: can be tested with other shots than it was trained with.
+        on_body: the learner for a problem on an embedding `(n, ...)` to `(n, features)` that has
+            learned elsewhere; None where the method needs a network of its own.
+        body_presets: as `presets`, where there is such an embedding.
 
     Example:
         >>> presets = {"quick": Preset(steps=200, ways=20, shots=1, queries=5)}
@@ -198,6 +207,8 @@ class Method:
     rotations: str = "episode"
     any_ways: bool = False
     any_shots: bool = False
+    on_body: Callable[[Problem, nn.Module], Learner] | None = None
+    body_presets: dict[str, Preset] = field(default_factory=lambda: ON_BODY)
 
     def tests(self, ways: int, shots: int) -> tuple[tuple[int, int], ...]:
         """The (ways, shots) that a learner is tested in which was trained with these."""
