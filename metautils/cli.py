@@ -114,6 +114,31 @@ def export_run(args: argparse.Namespace) -> None:
     print(f"Its images: {export.told(net)['images']}.")
 
 
+def recognise(args: argparse.Namespace) -> int:
+    """Say which of the things of a folder is on images, or none of these; nothing is trained."""
+    from metautils.data import tree
+    from metautils.recognise import remembered
+
+    if args.save:
+        check_file(args.save, 1 << 20)
+    files = [file for name in args.images for file in tree.images_in(name)]
+    body, size = args.body, None
+    if args.run:
+        from metautils import runs  # which brings all methods with it
+
+        body, size = runs.trained_body(args.run)
+    things = remembered(args.support, args.strangers, body, size, args.head, args.device)
+    if args.save:
+        things.save(args.save)
+    bad = []
+    for file in files:
+        try:
+            print(f"{file}: {things.recognise(file)}", flush=True)
+        except DataError as error:
+            bad.append(error)
+    return max([_told(error) for error in bad], default=0)
+
+
 def describe(args: argparse.Namespace) -> None:
     """Fetch and check a set, and say what is in it."""
     from metautils import data
@@ -272,6 +297,25 @@ def _classify_arguments(tell: argparse.ArgumentParser) -> None:
     _add_device(tell)
 
 
+def _recognise_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("images", type=Path, nargs="+", help="files, or folders of them")
+    one.add_argument(
+        "--support",
+        type=Path,
+        required=True,
+        help="folder, a subfolder for each thing with a photo or more; or what --save wrote",
+    )
+    one.add_argument("--strangers", type=Path, help="folder of photos of none of these things")
+    body = one.add_mutually_exclusive_group()
+    body.add_argument("--body", help="efficientnet_lite0 (default), resnet50 or timm:NAME")
+    body.add_argument(
+        "--run", type=Path, help="the --out folder of a training on a body, or of a fine-tuning"
+    )
+    one.add_argument("--head", choices=["centroid", "ridge"], help="centroid by default")
+    one.add_argument("--save", type=Path, help="file for what is remembered: features, no photos")
+    _add_device(one)
+
+
 def _export_arguments(away: argparse.ArgumentParser) -> None:
     away.add_argument("run", type=Path, help="the --out folder of a fine-tuning")
     away.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx or .pt2")
@@ -302,6 +346,7 @@ COMMANDS = {
     "data": (describe, _data_arguments, "name a smaller set"),
     "finetune": (finetune_folder, _finetune_arguments, "give a smaller --batch or --size"),
     "classify": (classify, _classify_arguments, "give a smaller --batch or smaller images"),
+    "recognise": (recognise, _recognise_arguments, "give smaller images"),
     "export": (export_run, _export_arguments, "close other programs"),
     "results": (page, _no_arguments, "close other programs"),
 }
