@@ -26,7 +26,6 @@ from metautils.precision import single
 
 MODEL = "model.pt"
 LONGEST = 8  # times its short side: what lies beyond in a strip is cut off before it is enlarged
-ENLARGED = 232 / 224  # images are made so much larger than their crop, as for the ImageNet weights
 
 
 class Classifier(nn.Sequential):
@@ -73,7 +72,12 @@ class Classifier(nn.Sequential):
     def told(self) -> dict[str, Any]:
         """All that `load` needs to make the same classifier."""
         told = {"classes": list(self.classes), "size": self.size, "body": self.body.name}
-        return {**told, "weights": self.state_dict()}
+        return {**told, **scaling(self.body), "weights": self.state_dict()}
+
+
+def scaling(body: pretrained.Body) -> dict[str, Any]:
+    """How images are scaled for a body, as files hold it."""
+    return {"enlarged": body.enlarged, "interpolation": body.interpolation}
 
 
 class OneLength(nn.Module):
@@ -107,6 +111,9 @@ def load(path: str | Path) -> Classifier:
             f"{path} holds another network: name the model.pt of a fine-tuning."
         ) from error
     net.body.fixed = True
+    # Files without it are of a time when all bodies saw images alike.
+    net.body.enlarged = told.get("enlarged", 232 / 224)
+    net.body.interpolation = told.get("interpolation", "bilinear")
     return net.eval()
 
 
@@ -121,7 +128,7 @@ def classify_each(
         images: are read as they are asked for, `batch` at a time.
         batch: images that go through the network together.
     """
-    look = to_test(net.size)
+    look = to_test(net)
     for start in range(0, len(images), batch):
         part, seen, bad = images[start : start + batch], [], {}
         for k, image in enumerate(part):
@@ -159,17 +166,30 @@ def table(classes: Sequence[str], answers: dict[str | Path, Tensor]) -> str:
     return text.getvalue()
 
 
-def to_train(size: int, mirror: bool) -> v2.Compose:
-    """A random crop, mirrored at random, as a float tensor `(3, size, size)` in [0, 1]."""
+def to_train(net: Classifier, mirror: bool) -> v2.Compose:
+    """A random crop, mirrored at random, as a float tensor `(3, size, size)` in [0, 1].
+
+    Scaled as the images were from which the body learned.
+    """
     flip = [v2.RandomHorizontalFlip()] if mirror else []
-    crop = v2.RandomResizedCrop(size, scale=(0.5, 1.0), antialias=True)
+    way = v2.InterpolationMode(net.body.interpolation)
+    crop = v2.RandomResizedCrop(net.size, (0.5, 1.0), interpolation=way, antialias=True)
     return v2.Compose([v2.ToImage(), crop, *flip, _as_float()])
 
 
-def to_test(size: int) -> v2.Compose:
-    """The middle of an image, as a float tensor `(3, size, size)` in [0, 1]."""
-    resize = v2.Resize(round(size * ENLARGED), antialias=True)
-    return v2.Compose([v2.ToImage(), _without_ends, resize, v2.CenterCrop(size), _as_float()])
+def to_test(net: Classifier) -> v2.Compose:
+    """The middle of an image, as a float tensor `(3, size, size)` in [0, 1].
+
+    As much of it, and scaled in the same way, as the body was tested with by those who trained it.
+    """
+    way = v2.InterpolationMode(net.body.interpolation)
+    resize = v2.Resize(enlarged(net), way, antialias=True)
+    return v2.Compose([v2.ToImage(), _without_ends, resize, v2.CenterCrop(net.size), _as_float()])
+
+
+def enlarged(net: Classifier) -> int:
+    """Short side, in pixels, to which an image is scaled before its middle is cut out."""
+    return round(net.size * net.body.enlarged)
 
 
 def _without_ends(image: Tensor) -> Tensor:
@@ -214,7 +234,7 @@ def features(
     """
     head, net.head = net.head, nn.Identity()
     try:
-        loader = batches(images, batch, to_test(net.size), workers=workers)
+        loader = batches(images, batch, to_test(net), workers=workers)
         rows, labels = predict(net, loader, progress)
     finally:
         net.head = head
@@ -326,6 +346,6 @@ class Tested:
 
 def test(net: Classifier, images: Images, batch: int = 32, workers: int = 0) -> Tested:
     """Classify a set of images: the test set, once, when everything is decided."""
-    logits, labels = predict(net, batches(images, batch, to_test(net.size), workers=workers))
+    logits, labels = predict(net, batches(images, batch, to_test(net), workers=workers))
     files = tuple(file for file, _ in images.samples)
     return Tested(logits.softmax(1), labels, files, net.classes)

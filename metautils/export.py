@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from metautils.classifier import ENLARGED, Classifier
+from metautils.classifier import Classifier, enlarged
 from metautils.errors import BadArgument
 from metautils.files import check_file, save_bytes
 
@@ -61,7 +61,7 @@ def told(net: Classifier) -> dict[str, str]:
         "classes": json.dumps(net.classes),
         "size": str(net.size),
         "images": f"RGB in [0, 1], (n, 3, {net.size}, {net.size}): scale the short side to "
-        f"{round(net.size * ENLARGED)} pixels (bilinear, antialiased), cut out the middle",
+        f"{enlarged(net)} pixels ({net.body.interpolation}, antialiased), cut out the middle",
     }
 
 

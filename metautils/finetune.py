@@ -26,6 +26,7 @@ from metautils.classifier import (
     Tested,
     batches,
     features,
+    scaling,
     test,
     to_test,
     to_train,
@@ -149,6 +150,7 @@ def _told(net: Classifier, split: Split) -> dict[str, Any]:
     return {
         **{part: images.digests() for part, images in zip(PARTS, split[:2], strict=False)},
         "classes": net.classes,
+        **scaling(net.body),
         "body": digest(repr([(name, tuple(x.shape)) for name, x in body.items()]), *body.values()),
     }
 
@@ -271,7 +273,7 @@ def stage_two(
         net.head.load_state_dict(probe.rehearsed)
     start = {f"body.{k}": w.detach().clone() for k, w in net.body.named_parameters()}
     optimizer = AdamW(_groups(net, recipe))
-    images = batches(split.train, recipe.batch, to_train(net.size, recipe.mirror), True, workers)
+    images = batches(split.train, recipe.batch, to_train(net, recipe.mirror), True, workers)
 
     def penalty(net: nn.Module) -> Tensor:
         return l2_sp(net, start, recipe.pull, recipe.decay)
@@ -283,7 +285,7 @@ def stage_two(
     return fit(
         net,
         images,
-        batches(split.validation, recipe.batch, to_test(net.size), False, workers),
+        batches(split.validation, recipe.batch, to_test(net), False, workers),
         optimizer,
         LambdaLR(optimizer, _share_of_rate(epochs * len(images))),
         epochs,
@@ -350,7 +352,7 @@ def between(
         the chosen one's `chosen` is True.
     """
     end, rows = copy.deepcopy(net.state_dict()), []
-    images = batches(split.validation, recipe.batch, to_test(net.size), workers=workers)
+    images = batches(split.validation, recipe.batch, to_test(net), workers=workers)
     for share in SHARES:
         net.load_state_dict(_mixed(start, end, share))
         loss, accuracy = measure(net, images, _weights(split, recipe))

@@ -31,6 +31,8 @@ FIRST = {"resnet50": "conv1.weight", LITE0: "conv_stem.weight"}
 class Body(nn.Module):
     """A network without its last layer, behind the normalising that it needs.
 
+    The defaults are those of `ResNet50_Weights.IMAGENET1K_V2`.
+
     Images in [0, 1] go in, `(n, 1 or 3, h, w)`, features come out, `(n, features)`. A body that
     has learned elsewhere keeps its batch normalisation in evaluation mode while it is trained
     further: the statistics of a few images are worse than those that it came with.
@@ -42,6 +44,8 @@ class Body(nn.Module):
         size: height and width that it was made for, pixels.
         mean: of each channel, that is subtracted.
         std: of each channel, that is divided by.
+        enlarged: short side of the images from whose middle it was tested, in crops: 1 or more.
+        interpolation: how they were scaled, "bilinear" or "bicubic".
         stages: names of `net`'s parameters, a list for each stage, from the images to the
             features; None for a single stage.
 
@@ -62,10 +66,13 @@ class Body(nn.Module):
         size: int = 224,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
+        enlarged: float = 232 / 224,
+        interpolation: str = "bilinear",
         stages: Sequence[Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
         self.net, self.features, self.name, self.size = net, features, name, size
+        self.enlarged, self.interpolation = enlarged, interpolation
         own = dict(net.named_parameters())
         self.stages = [list(own)] if stages is None else [list(names) for names in stages]
         self.fixed = False
@@ -226,6 +233,8 @@ def _timm(name: str, pretrained: bool) -> Body:
         told["input_size"][-1],
         told["mean"],
         told["std"],
+        1 / told["crop_pct"],
+        told["interpolation"],
         list(timm.models.group_parameters(net, net.group_matcher(coarse=True)).values()),
     )
 

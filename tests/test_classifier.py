@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import COLOURS, same_weights, tiny_classifier, told_in_one_line, weights_of
 from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision.transforms import v2
 
@@ -20,13 +22,45 @@ from metautils.pretrained import Body
 # Images as tensors
 
 
-@pytest.mark.parametrize("transform", [of_train(16, True), of_test(16)], ids=["train", "test"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("shape", [(40, 20), (20, 40), (16, 16), (5, 9)])
 @pytest.mark.parametrize("level", [0, 255])
-def test_images_get_their_size_and_lie_between_0_and_1(transform, shape, level):
-    x = transform(Image.new("RGB", shape, (level,) * 3))
-    assert (x.shape, x.dtype) == ((3, 16, 16), torch.float32)
-    torch.testing.assert_close(x, torch.full_like(x, level / 255))
+def test_images_get_their_size_and_lie_between_0_and_1(interpolation, shape, level):
+    net = tiny_classifier()
+    net.body.interpolation = interpolation
+    picture = Image.new("RGB", shape, (level,) * 3)
+    for x in (of_train(net, True)(picture), of_test(net)(picture)):
+        assert (x.shape, x.dtype) == ((3, 16, 16), torch.float32)
+        torch.testing.assert_close(x, torch.full_like(x, level / 255))
+
+
+def same_pixels(one, other):
+    """But for what columns and then rows are rounded to: hardly anywhere, and by one value each.
+
+    Bilinear in place of bicubic is 23 values off at most and 1 in the mean.
+    """
+    off = 255 * (one - other).abs()
+    return float(off.max()) < 2.01 and float(off.mean()) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["efficientnet_lite0", "timm:mobilenetv2_100"])
+@pytest.mark.parametrize("picture", ["china.jpg", "flower.jpg"])
+def test_images_are_those_that_timm_tests_a_body_with(kind, picture):
+    """Before its normalising, which the body does; to within the rounding of a pixel."""
+    net = Classifier(pretrained.body(None, kind), ("a", "b"))
+    photo = Image.fromarray(load_sample_image(picture)).resize((400, 300))
+    theirs = create_transform(**resolve_data_config(model=net.body.net))
+    expected = theirs(photo) * net.body.std + net.body.mean
+    assert net.body.interpolation == "bicubic"
+    assert same_pixels(of_test(net)(photo), expected)
+
+
+def test_images_are_those_that_torchvision_tests_its_resnet_with():
+    net = Classifier(pretrained.body(None), ("a", "b"))
+    photo = Image.fromarray(load_sample_image("china.jpg"))
+    theirs = pretrained.IMAGENET.transforms()(photo)  # (3, 224, 224), normalised
+    expected = theirs * net.body.std + net.body.mean
+    assert same_pixels(of_test(net)(photo), expected)
 
 
 def halves(width=64, height=32):
@@ -37,8 +71,8 @@ def halves(width=64, height=32):
 
 
 def test_test_images_are_the_middle():
-    x = of_test(16)(halves(200, 20))
-    assert torch.equal(x, of_test(16)(halves(200, 20)))
+    x = of_test(tiny_classifier())(halves(200, 20))
+    assert torch.equal(x, of_test(tiny_classifier())(halves(200, 20)))
     assert (x[:, :, 0] < 0.2).all() and (x[:, :, -1] > 0.8).all()
     # A pixel of the short side of 20 becomes 17 / 20, of which the crop leaves 16 / 17.
     black = (x[0] < 0.5).float().mean()
@@ -47,8 +81,9 @@ def test_test_images_are_the_middle():
 
 @pytest.mark.parametrize(("mirror", "sides"), [(True, {-1, 1}), (False, {1})])
 def test_training_images_are_mirrored_only_if_asked(mirror, sides):
+    crop = of_train(tiny_classifier(), mirror)
     torch.manual_seed(0)
-    crops = [of_train(16, mirror)(halves()) for _ in range(30)]
+    crops = [crop(halves()) for _ in range(30)]
     slopes = {int((x[..., 8:].mean() - x[..., :8].mean()).sign()) for x in crops}
     assert slopes - {0} == sides  # 0 where the crop holds but one half
     assert len({float(x.mean()) for x in crops}) > 10  # cropped at random
@@ -64,7 +99,7 @@ def test_classify_tells_probabilities_highest_first(photos):
     assert list(told.values()) == sorted(told.values(), reverse=True)
     assert sum(told.values()) == pytest.approx(1)
     assert same_weights(net.state_dict(), before)
-    x = of_test(16)(Image.open(path))[None]
+    x = of_test(net)(Image.open(path))[None]
     with torch.no_grad():
         chances = net.eval()(x).softmax(1)[0].tolist()
     assert told == pytest.approx(dict(zip(COLOURS, chances, strict=True)))
@@ -131,6 +166,20 @@ def test_file_that_holds_no_classifier(tmp_path, content, sentence):
     told_in_one_line(lambda: classifier.load(tmp_path / "x.pt"), rf"x\.pt .*{sentence}")
 
 
+def test_file_of_before_scales_images_as_it_did_then(tmp_path):
+    """Whatever its body says of itself today; a file of today says it itself."""
+    net = Classifier(pretrained.body(None, "timm:convnext_atto"), ("a", "b"), 32)
+    net.save(tmp_path / "x.pt")
+    assert classifier.scaling(classifier.load(tmp_path / "x.pt").body) == {
+        "enlarged": pytest.approx(1 / 0.875),
+        "interpolation": "bicubic",
+    }
+    old = {k: x for k, x in net.told().items() if k not in ("enlarged", "interpolation")}
+    torch.save(old, tmp_path / "x.pt")
+    found = classifier.load(tmp_path / "x.pt").body
+    assert classifier.scaling(found) == {"enlarged": 232 / 224, "interpolation": "bilinear"}
+
+
 def test_damaged_or_missing_classifier(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"half")
     told_in_one_line(lambda: classifier.load(tmp_path / "x.pt"), r"x\.pt is damaged")
@@ -148,7 +197,7 @@ def test_features_are_those_of_the_body(split):
     assert net.training
     assert labels.tolist() == split.validation.targets
     with torch.no_grad():
-        x = torch.stack([of_test(16)(split.validation[k][0]) for k in range(6)])
+        x = torch.stack([of_test(net)(split.validation[k][0]) for k in range(6)])
         torch.testing.assert_close(rows, net.length(net.body.eval()(x)), atol=2e-2, rtol=2e-2)
 
 
@@ -165,10 +214,11 @@ def test_features_get_one_length(kind):
 
 def test_last_batch_is_not_a_single_image(split):
     """It has no variance; a validation batch needs none, so nothing is left out there."""
+    look = of_test(tiny_classifier())
     for part, shuffle, sizes in ((split.train, True, [17]), (split.train, False, [17, 1])):
-        loader = classifier.batches(part, 17, of_test(16), shuffle)
+        loader = classifier.batches(part, 17, look, shuffle)
         assert [len(y) for _, y in loader] == sizes
-    whole = classifier.batches(split.train, 18, of_test(16), True)
+    whole = classifier.batches(split.train, 18, look, True)
     assert [len(y) for _, y in whole] == [18]
 
 
@@ -230,7 +280,7 @@ def test_a_strip_is_not_enlarged_to_gigabytes(shape):
     ramp = np.linspace(0, 255, max(shape)).astype(np.uint8)  # along the strip
     pixels = np.broadcast_to(ramp if height < width else ramp[:, None], shape)
     picture = Image.fromarray(np.stack([pixels] * 3, -1))
-    whole = of_test(224)
+    whole = of_test(tiny_classifier(size=224))
     enlarged = v2.Compose(whole.transforms[:3])(picture)
     assert min(enlarged.shape[1:]) == 232 and enlarged.numel() <= 3 * 8 * 232**2
     x = whole(picture)

@@ -41,7 +41,7 @@ def pictures():
 
 def cut_out(net, pictures):
     """Images as the file wants them: what is left of the test's steps but normalising."""
-    steps = [s for s in classifier.to_test(net.size).transforms if not isinstance(s, v2.Normalize)]
+    steps = [s for s in classifier.to_test(net).transforms if not isinstance(s, v2.Normalize)]
     return torch.stack([v2.Compose(steps)(each) for each in pictures])
 
 
@@ -110,13 +110,23 @@ def test_program_answers_as_the_classifier(tmp_path, net, pictures):
     assert json.loads(told["classes"]) == list(COLOURS)
 
 
+def test_told_is_how_this_body_wants_its_images():
+    net = classifier.Classifier(pretrained.body(None, "efficientnet_lite0"), ("a", "b"))
+    assert export.told(net)["images"].endswith(
+        "scale the short side to 256 pixels (bicubic, antialiased), cut out the middle"
+    )
+
+
 def test_command_line_exports_and_says_how_to_use_it(tmp_path, net, capsys, monkeypatch):
     monkeypatch.setattr(classifier, "load", lambda path: net)
     out = tmp_path / "model.pt2"
     assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert f"{out} gives the probabilities of {', '.join(COLOURS)}." in told
-    assert "Its images: RGB in [0, 1], (n, 3, 16, 16): scale the short side to 17 pixels" in told
+    assert (
+        "Its images: RGB in [0, 1], (n, 3, 16, 16): scale the short side to 17 pixels "
+        "(bilinear, antialiased), cut out the middle.\n"
+    ) in told
     assert out.exists()
 
 

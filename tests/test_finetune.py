@@ -184,7 +184,7 @@ def test_features_are_kept_for_a_resumed_training(tmp_path, split):
     assert names_in(tmp_path) == ["features.pt"]
 
 
-@pytest.mark.parametrize("changed", ["body", "order", "statistics", "images", "size"])
+@pytest.mark.parametrize("changed", ["body", "order", "statistics", "images", "size", "scaling"])
 def test_features_of_something_else_are_refused(tmp_path, split, photos, changed):
     body_calls(tiny_classifier(), split, tmp_path)
     net = tiny_classifier(seed=5 if changed == "body" else 0, size=12 if changed == "size" else 16)
@@ -192,6 +192,8 @@ def test_features_of_something_else_are_refused(tmp_path, split, photos, changed
         net.body.net[0].weight.data = net.body.net[0].weight.data.flip(0)
     if changed == "statistics":
         net.body.net[1].running_mean += 0.1
+    if changed == "scaling":
+        net.body.interpolation = "bicubic"
     other = labelled.load(photos, seed=1) if changed == "images" else split
     before = (tmp_path / "features.pt").read_bytes()
     with pytest.raises(CheckpointMismatch, match=r"features\.pt was made with .* to start anew"):
@@ -357,7 +359,7 @@ def test_weights_between_by_hand(split):
         share = row["share"]
         mixed = {k: (1 - share) * start[k].float() + share * x for k, x in end.items()}
         other.load_state_dict(mixed | {k: x for k, x in end.items() if not x.is_floating_point()})
-        images = classifier.batches(split.validation, 4, classifier.to_test(16))
+        images = classifier.batches(split.validation, 4, classifier.to_test(net))
         loss, accuracy = measure(other, images)
         assert (row["loss"], row["accuracy"]) == (pytest.approx(loss, rel=1e-2), accuracy)
         if row["chosen"]:

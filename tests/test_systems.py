@@ -253,7 +253,7 @@ def test_images_are_read_by_processes_that_are_spawned(split, monkeypatch):
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert all(map(torch.equal, here.tensors, there.tensors))
-    crops = classifier.batches(split.train, 4, classifier.to_train(16, True)).dataset
+    crops = classifier.batches(split.train, 4, classifier.to_train(net, True)).dataset
     assert pickle.loads(pickle.dumps(crops))[0][0].shape == (3, 16, 16)
 
 
