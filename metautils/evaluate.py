@@ -13,7 +13,7 @@ from torch import Tensor
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.data.regression import RegressionSampler
 from metautils.errors import BadArgument
-from metautils.learners.base import Learner, check_targets
+from metautils.learners.base import Learner, check_targets, takes_features
 from metautils.precision import fast_autocast
 from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
@@ -99,7 +99,7 @@ def episode_accuracy(learner: Learner, sampler: EpisodeSampler, episodes: int) -
     was_training, shown = learner.training, sampler.ways * (sampler.shots + sampler.queries)
     few = len(sampler.bank.images) < episodes * shown and not (sampler.rotate or sampler.vary)
     judged = learner
-    if few and hasattr(learner, "on_features"):
+    if few and takes_features(learner):
         sampler = copy.copy(sampler)  # with the same generator, which moves on
         judged, sampler.bank = learner.on_features(sampler.bank)
     right = _per_task(

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from metautils import classifier, pretrained
+from metautils import pretrained
 from metautils.checkpoint import device_of, digest
 from metautils.data import tree
-from metautils.data.images import read_each, read_rgb
-from metautils.data.labelled import Images
+from metautils.data.bank import as_float
+from metautils.data.images import middle, read_each, read_rgb
 from metautils.errors import BadArgument
 from metautils.files import DataError, load_safely, save_atomically
 from metautils.learners.baseline import SCALE, nearest_centroid, ridge_head
@@ -232,14 +233,19 @@ class Recogniser:
         task = self.photos[list(support)][None], labels[None], features[None]
         return HEADS[self.head](*task)[0] / SCALE
 
+    def _see(self, photo: Photo) -> Tensor:
+        """The middle of a photo, `(3, size, size)` uint8."""
+        larger = round(self.size * self.body.enlarged)
+        image = middle(read_rgb(photo), self.size, larger, self.body.interpolation)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # from (size, size, 3)
+
     @torch.no_grad()
     def _look(self, photos: Sequence[Photo]) -> tuple[Tensor, list[str]]:
         """Features of photos, and a digest of what the body saw of each."""
-        look = classifier.to_test(self.size)
-        seen = read_each(lambda photo: look(read_rgb(photo)), photos)  # (3, size, size) each
+        seen = read_each(self._see, photos)  # (3, size, size) each
         rows = [torch.zeros(0, self.body.features)]
         for start in range(0, len(seen), BATCH):
-            x = torch.stack(seen[start : start + BATCH]).to(device_of(self.body))
+            x = as_float(torch.stack(seen[start : start + BATCH]).to(device_of(self.body)))
             rows.append(F.normalize(single(self.body(x)), dim=1).cpu())  # (n, features)
         return torch.cat(rows), [digest("", x) for x in seen]
 
@@ -298,19 +304,32 @@ def remembered(
         DataError: if there are fewer than two classes or an empty one, or a photo that is none or
             of two classes, or the body is not that of the file.
     """
-    photos = None if support.is_file() else Images(support)
-    if photos is None:
+    classes = {} if support.is_file() else _classes(support, strangers is not None)
+    if not classes:
         made = load(support, body)
         made.head = head or made.head
     else:
         made = Recogniser(body or pretrained.LITE0, head or "centroid", size)
     made.body.to(device)
-    if photos is not None:
-        files, labels = zip(*photos.samples, strict=True)
-        made.remember(files, [photos.classes[k] for k in labels])
+    files = [(file, name) for name, photos in classes.items() for file in photos]
+    made.remember([file for file, _ in files], [name for _, name in files])
     if strangers is not None:
         made.meet(tree.images_in(strangers))
     return made
+
+
+def _classes(support: Path, strangers: bool) -> dict[str, list[Path]]:
+    """The photos of each thing in a folder; with strangers, one thing will do."""
+    found = tree.find(support)
+    if found.split:
+        raise DataError(f"{support} has {' and '.join(found.parts)} in it: name the folder of one.")
+    classes = found.parts["train"].classes
+    if len(classes) < 2 - strangers:
+        raise DataError(
+            f"{support} has {len(classes)} subfolder(s) of photos: give two or more, one for each "
+            "thing, or one and --strangers, a folder of photos of anything else."
+        )
+    return classes
 
 
 def _weights(body: pretrained.Body) -> str:

@@ -18,7 +18,7 @@ from metautils.data.bank import ClassBank, Parts
 from metautils.errors import BadArgument
 from metautils.evaluate import evaluate
 from metautils.files import DataError, check_apart, check_folder, read_json, reading, written_at
-from metautils.learners.base import Learner, Method, Preset, Problem
+from metautils.learners.base import Learner, Method, Preset, Problem, takes_features
 from metautils.learners.protonet import ProtoNet
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
@@ -257,8 +257,12 @@ def _learner(method: Method, problem: Problem, seed: int, body: str | None) -> L
     torch.manual_seed(seed)
     if body is None:
         return method.make(problem)
-    larger = nn.Upsample((ON_BODY, ON_BODY), mode="bilinear")
-    return method.on_body(problem, nn.Sequential(larger, pretrained.body(body)))
+    return method.on_body(problem, enlarging(pretrained.body(body), ON_BODY))
+
+
+def enlarging(body: pretrained.Body, size: int) -> nn.Sequential:
+    """The body behind a layer that gives all images its size, scaled as it knows them."""
+    return nn.Sequential(nn.Upsample((size, size), mode=body.interpolation), body)
 
 
 def _on_body(name: str, method: Method) -> dict[str, Preset]:
@@ -319,7 +323,7 @@ def _test(
     settings = _settings(bank, asked)
     queries = min(QUERIES, int(bank.counts.min()) - max(k for _, k in settings))
     # Features cannot be turned, so a test that turns images embeds them anew in every task.
-    once = hasattr(learner, "on_features") and rotations != "episode"
+    once = takes_features(learner) and rotations != "episode"
     trained = learner.on_features(bank) if once else (learner, bank)
     rows = {}
     for name, (each, images) in {

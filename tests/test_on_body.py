@@ -11,7 +11,7 @@ from metautils import cli, methods, precision, pretrained, runs
 from metautils.checkpoint import CHECKPOINT, load_weights
 from metautils.data.bank import as_float
 from metautils.evaluate import episode_accuracy, evaluate
-from metautils.learners.base import ON_BODY, Problem
+from metautils.learners.base import ON_BODY, Learner, Problem, takes_features
 from metautils.learners.protonet import ProtoNet, ScaledCosine, cosine
 from metautils.nets import LearnedScale
 from metautils.sampling import EpisodeSampler
@@ -342,3 +342,25 @@ def test_loaded_weights_answer_as_the_trained_ones(tmp_path, body):
 def test_recipe_is_gentle():
     for preset in ON_BODY.values():
         assert (preset.lr, preset.clip, preset.warm_up) == (1e-4, 1.0, 30)
+
+
+def test_a_forward_of_ones_own_sees_the_images():
+    """A subclass may look at them; without one its answers are its parent's, of its own class."""
+
+    class Own(ProtoNet):
+        def forward(self, support_x, support_y, query_x):
+            assert support_x.dim() == 5
+            return super().forward(support_x, support_y, query_x)
+
+    class Same(ProtoNet):
+        pass
+
+    bank = blobs(classes=4, images=6)
+    for kind, features in ((Own, False), (Same, True)):
+        learner = kind(nn.Flatten())
+        assert takes_features(learner) == features
+        assert len(episode_accuracy(learner, EpisodeSampler(bank, 3, 1, 2), 20)) == 20
+        light, _ = learner.on_features(bank)
+        assert type(light) is kind
+        assert isinstance(light.embed, nn.Identity) and isinstance(learner.embed, nn.Flatten)
+    assert not takes_features(Learner())

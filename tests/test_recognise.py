@@ -1,14 +1,18 @@
 """Things are recognised from a photo or a few, nothing is trained, and strangers are told."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import COLOURS, paint, tiny_body, tiny_classifier
+from helpers import COLOURS, ROOT, paint, tiny_body, tiny_classifier
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from metautils import cli, pretrained, recognise
+from metautils.classifier import Classifier, to_test
 from metautils.data.images import read_rgb
 from metautils.errors import BadArgument
 from metautils.files import DataError
@@ -214,6 +218,32 @@ def test_head_that_is_none():
         Recogniser(tiny_body(), "tree")
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(640, 427), (100, 901), (2000, 40), (33, 31)])
+def test_photos_are_seen_as_a_classifier_sees_them(interpolation, size):
+    """But for the rounding of a pixel here and there."""
+    photo = Image.fromarray(load_sample_image("china.jpg")).resize(size)
+    net = Classifier(tiny_body(), ("a", "b"), 64)
+    net.body.enlarged, net.body.interpolation = 256 / 224, interpolation
+    things = Recogniser(net.body, size=64)
+    seen = things._see(photo)
+    difference = (seen - 255 * to_test(net)(photo)).abs()
+    assert seen.shape == (3, 64, 64)
+    assert float(difference.mean()) < 0.5
+    assert float(difference.max()) <= 2
+
+
+def test_first_answer_waits_for_no_other_library():
+    """torchvision, timm and scikit-learn take longer to import than everything else here."""
+    told = "import sys; from metautils import cli, recognise; cli._parser(['recognise']); "
+    told += "print([x for x in ('torchvision', 'timm', 'sklearn', 'matplotlib', 'torch._dynamo') "
+    told += "if x in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
 # On the command line
 
 
@@ -262,7 +292,7 @@ def test_command_takes_strangers_and_folders(capsys, place):
 
 def test_command_takes_the_body_of_a_fine_tuning(capsys, place, monkeypatch):
     tiny_classifier(seed=3).save("run/model.pt")
-    monkeypatch.setattr(recognise.pretrained, "body", lambda *a: tiny_body(seed=5))
+    monkeypatch.setattr(pretrained, "body", lambda *a: tiny_body(seed=5))
     lines = say(capsys, "--support", "things", "--run", "run", "--save", "x.pt", "red.png")
     assert lines[0].startswith("red.png: red (")
     assert say(capsys, "--support", "x.pt", "--run", "run", "red.png") == lines
@@ -286,7 +316,7 @@ def spoil(place, name):
 @pytest.mark.parametrize(
     ("wrong", "more", "sentence"),
     [
-        ("one", [], "things has 1 subfolder(s) of images: a classifier needs two or more"),
+        ("one", [], "things has 1 subfolder(s) of photos: give two or more, one for"),
         ("empty", [], "red holds no image: add some or remove the folder"),
         ("twice", [], "is the same picture as one of 'green'"),
         ("none", [], "0.png is no readable image: mend or remove it"),

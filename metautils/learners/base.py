@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -56,6 +57,23 @@ class Learner(nn.Module):
         """
         predictions = self(episode.support_x, episode.support_y, episode.query_x)
         yield self.loss(predictions, episode.query_y), predictions, episode.query_y
+
+
+def takes_features(learner: Learner) -> bool:
+    """Whether the learner's answers are those of its `on_features`.
+
+    Not where a subclass has a `forward` of its own, which may look at the images.
+    """
+    kinds = type(learner).__mro__
+    told = next((k for k, x in enumerate(kinds) if "on_features" in vars(x)), len(kinds))
+    return told <= next(k for k, x in enumerate(kinds) if "forward" in vars(x))
+
+
+def without_embedding(learner: Learner) -> Learner:
+    """The same learner, of the same weights, that takes features where it took images."""
+    light = copy.copy(learner)
+    light._modules = {**learner._modules, "embed": nn.Identity()}
+    return light
 
 
 def task_loss(predictions: Tensor, targets: Tensor) -> Tensor:

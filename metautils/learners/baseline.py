@@ -12,7 +12,15 @@ from torch.nn import functional as F
 from metautils import pretrained
 from metautils.data.bank import ClassBank
 from metautils.episode import Episode
-from metautils.learners.base import ON_BODY, Learner, Method, Preset, Problem, ways_of
+from metautils.learners.base import (
+    ON_BODY,
+    Learner,
+    Method,
+    Preset,
+    Problem,
+    ways_of,
+    without_embedding,
+)
 from metautils.learners.protonet import cosine, prototypes
 from metautils.nets import Conv4, features_of
 from metautils.precision import all_digits, single
@@ -169,7 +177,7 @@ class Baseline(Learner):
         Puts this learner into evaluation mode.
         """
         self.eval()
-        return Baseline(nn.Identity(), nn.Identity(), self.fit).eval(), bank.map(self.embed)
+        return without_embedding(self), bank.map(self.embed)
 
     def extra_repr(self) -> str:
         """The settings, so that a checkpoint knows its learner."""

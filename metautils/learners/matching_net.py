@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metautils.data.bank import ClassBank
-from metautils.learners.base import Learner, Method, Preset, ways_of
+from metautils.learners.base import Learner, Method, Preset, ways_of, without_embedding
 from metautils.nets import Conv4, LearnedScale
 from metautils.precision import all_digits, single
 
@@ -68,9 +68,7 @@ class MatchingNet(Learner):
         Puts this learner into evaluation mode.
         """
         self.eval()
-        made = MatchingNet(nn.Identity(), self.scale)
-        made.learned = self.learned
-        return made.eval(), bank.map(self.embed)
+        return without_embedding(self), bank.map(self.embed)
 
     def extra_repr(self) -> str:
         """The setting, so that a checkpoint knows its learner."""

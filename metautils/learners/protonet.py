@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.errors import BadArgument
-from metautils.learners.base import Learner, Method, Preset, ways_of
+from metautils.learners.base import Learner, Method, Preset, ways_of, without_embedding
 from metautils.nets import Conv4, LearnedScale
 from metautils.precision import single
 
@@ -146,7 +146,7 @@ class ProtoNet(Learner):
         Puts this learner into evaluation mode.
         """
         self.eval()
-        return ProtoNet(nn.Identity(), self.distance).eval(), bank.map(self.embed)
+        return without_embedding(self), bank.map(self.embed)
 
     def extra_repr(self) -> str:
         """The setting, so that a checkpoint knows its learner."""
