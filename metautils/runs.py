@@ -85,17 +85,17 @@ def train(
     banks = [_rotated(bank, rotations).to(device) for bank in parts[:2]]
     problem = Problem(banks[0].images.shape[1:], told.ways, len(banks[0]), transductive)
     learner = _learner(method, problem, seed, body).to(device)
-    episodes, choose = _samplers(method, told, banks, rotations == "episode", seed)
     if body is not None:
-        episodes.vary = source not in DRAWN
-        choose.bank = choose.bank.some(VALIDATED)
+        banks[1] = banks[1].some(max(VALIDATED, told.shots + told.queries))
+    vary = body is not None and source not in DRAWN
+    episodes, choose = _samplers(method, told, banks, rotations == "episode", seed, vary)
     # The weights and the best ones, two numbers of Adam for each, all this beside the old file.
     check_folder(out, 8 * sum(x.nbytes for x in learner.state_dict().values()))
     before = written_at(out / CHECKPOINT)
     history = meta_train(
         learner, episodes, told.steps, told.lr, choose, validation_episodes,
         every=max(250, told.steps // 24) if body is None else max(1, told.steps // 5),
-        out=out, clip=told.clip, warm_up=told.warm_up,
+        out=out, clip=told.clip, warm_up=told.warm_up, body=body,
     )  # fmt: skip
     finished_before = before == written_at(out / CHECKPOINT)
     record = {
@@ -279,14 +279,14 @@ def _parts(source: str, seed: int, split: str, body: str | None) -> Parts:
 
 
 def _samplers(
-    method: Method, preset: Preset, banks: list[ClassBank], turned: bool, seed: int
+    method: Method, preset: Preset, banks: list[ClassBank], turned: bool, seed: int, vary: bool
 ) -> list[EpisodeSampler]:
     """Episodes to learn from, and those of validation classes to choose the weights on."""
     most = 20 if method.any_ways else preset.ways
     sizes = (preset.ways, preset.tasks), (min(most, len(banks[1])), min(preset.tasks, 10))
     return [
-        EpisodeSampler(bank, ways, preset.shots, preset.queries, tasks, turned, seed)
-        for bank, (ways, tasks) in zip(banks, sizes, strict=True)
+        EpisodeSampler(bank, ways, preset.shots, preset.queries, tasks, turned, seed, varied)
+        for bank, (ways, tasks), varied in zip(banks, sizes, (vary, False), strict=True)
     ]
 
 

@@ -33,7 +33,8 @@ class EpisodeSampler:
 
     Raises:
         ValueError: if the bank has fewer classes than `ways`, a class has fewer images than
-            `shots + queries`, a number is not positive, or `rotate` meets images not square.
+            `shots + queries`, a number is not positive, or `rotate` meets images not square, or
+            `vary` something else than images.
 
     Example:
         >>> bank = ClassBank(torch.rand(60, 1, 8, 8), torch.full((6,), 10), tuple("abcdef"))
@@ -68,6 +69,8 @@ class EpisodeSampler:
                 f"Class {bank.names[k]!r} has {int(bank.counts[k])} images but {shots} shots and "
                 f"{queries} queries need {shots + queries}: ask for fewer or drop the class."
             )
+        if vary and bank.images.dim() != 4:
+            raise BadArgument(f"Only images can be varied, not {tuple(bank.images.shape[1:])}.")
         if rotate and (bank.images.dim() != 4 or bank.images.shape[-1] != bank.images.shape[-2]):
             raise BadArgument(f"Rotations need square images, not {tuple(bank.images.shape[1:])}.")
         self.bank, self.rotate, self.vary = bank, rotate, vary

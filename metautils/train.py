@@ -62,6 +62,7 @@ def meta_train(
     clip: float | None = None,
     each_piece: bool = False,
     warm_up: int | None = None,
+    body: str | None = None,
 ) -> History:
     """Train a learner on episodes with Adam, its learning rate decayed to 0 along a cosine.
 
@@ -85,6 +86,8 @@ def meta_train(
             backpropagation, not after the last of an episode only.
         warm_up: for what has learned elsewhere: AdamW, whose rate rises in so many steps and falls
             to 0 along a straight line. None: as said above.
+        body: the name of what the learner began with, if it has learned elsewhere: who goes on
+            with a checkpoint must have begun alike.
 
     Raises:
         ValueError: if steps or every is below 1, or the learning rate is not positive.
@@ -109,6 +112,7 @@ def meta_train(
         "clip": clip,
         "each_piece": each_piece,
         "warm_up": warm_up,
+        "body": body,
         "every": every,
         "learner": f"{type(learner).__name__}({learner.extra_repr()})",
         **episodes.settings,

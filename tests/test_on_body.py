@@ -10,6 +10,7 @@ from torch import nn
 from metautils import cli, methods, precision, pretrained, runs
 from metautils.checkpoint import CHECKPOINT, load_weights
 from metautils.data.bank import as_float
+from metautils.errors import BadArgument
 from metautils.evaluate import episode_accuracy, evaluate
 from metautils.learners.base import ON_BODY, Learner, Problem, takes_features
 from metautils.learners.protonet import ProtoNet, ScaledCosine, cosine
@@ -140,6 +141,8 @@ def test_stopped_training_ends_with_the_same_weights(tmp_path, method, body, mon
 def test_another_body_in_the_same_folder_is_told(tmp_path, body, capsys):
     assert train(tmp_path, "--body", "any") == 0
     capsys.readouterr()
+    assert train(tmp_path, "--body", "other") == 2
+    assert "was made with body=any, not other: give the same" in capsys.readouterr().err
     assert train(tmp_path) == 2
     assert "belongs to another network" in capsys.readouterr().err
 
@@ -240,6 +243,12 @@ def test_varied_images_are_shifted_or_mirrored_ones_of_the_bank():
         seen.add(matches[0])
     assert len(seen) > 4
     assert episode.support_x.shape == plain.sample().support_x.shape
+
+
+def test_features_cannot_be_varied():
+    features = blobs().map(nn.Flatten())
+    with pytest.raises(BadArgument, match=r"^Only images can be varied, not \(16,\)\.$"):
+        EpisodeSampler(features, 3, 1, 2, vary=True)
 
 
 def test_varied_images_follow_the_seed_and_the_generator():
