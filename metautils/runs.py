@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
 from metautils import classifier, data, methods, pretrained, results
 from metautils.checkpoint import CHECKPOINT, load_weights
@@ -262,7 +263,8 @@ def _learner(method: Method, problem: Problem, seed: int, body: str | None) -> L
 
 def enlarging(body: pretrained.Body, size: int) -> nn.Sequential:
     """The body behind a layer that gives all images its size, scaled as it knows them."""
-    return nn.Sequential(nn.Upsample((size, size), mode=body.interpolation), body)
+    way = v2.InterpolationMode(body.interpolation)
+    return nn.Sequential(v2.Resize((size, size), way, antialias=True), body)
 
 
 def _on_body(name: str, method: Method) -> dict[str, Preset]:
