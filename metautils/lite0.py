@@ -24,6 +24,7 @@ class Same(nn.Conv2d):
         `(n, channels, h, w)` to `(n, out, ceil(h / stride), ceil(w / stride))`.
 
     Example:
+        >>> import torch
         >>> Same(3, 8, kernel_size=3, stride=2, bias=False)(torch.rand(1, 3, 8, 7)).shape
         torch.Size([1, 8, 4, 4])
     """
@@ -47,6 +48,7 @@ class Block(nn.Module):
         wider: how many times as many channels there are inside; of 1, none are widened.
 
     Example:
+        >>> import torch
         >>> Block(8, 8, kernel=3, stride=1, wider=6)(torch.rand(1, 8, 5, 5)).shape
         torch.Size([1, 8, 5, 5])
     """

@@ -163,11 +163,11 @@ def _fill(made: Body, weights: dict[str, Tensor], source: str | Path) -> None:
 
 def __getattr__(name: str) -> Any:
     """IMAGENET, when it is asked for: torchvision takes seconds to import."""
-    if name != "IMAGENET":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from torchvision.models import ResNet50_Weights
+    if name == "IMAGENET":
+        from torchvision.models import ResNet50_Weights
 
-    return ResNet50_Weights.IMAGENET1K_V2
+        return ResNet50_Weights.IMAGENET1K_V2
+    return object.__getattribute__(sys.modules[__name__], name)  # which says that there is none
 
 
 def _imagenet() -> dict[str, Tensor]:

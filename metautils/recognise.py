@@ -36,14 +36,14 @@ class Answer(NamedTuple):
     """What a photo was taken for.
 
     Attributes:
-        name: of the class; None for none of these, as `score` is below `threshold`.
+        name: of the class; None for none of these, where `score` is not above `threshold`.
         score: of the class that is most like the photo.
-        threshold: from which on a photo is of a class.
+        threshold: above which a photo is of a class.
         scores: of each class by its name, highest first.
 
     Example:
         >>> print(Answer("cup", 0.8, 0.6, {"cup": 0.8, "jug": 0.5}))
-        cup (cup 0.80, jug 0.50; none of these below 0.60)
+        cup (cup 0.80, jug 0.50; none of these up to 0.60)
     """
 
     name: str | None
@@ -55,15 +55,15 @@ class Answer(NamedTuple):
         """The name, or none of these, and the scores of the nearest."""
         best = ", ".join(f"{name} {score:.2f}" for name, score in list(self.scores.items())[:3])
         none = "none of these"
-        return f"{self.name or none} ({best}; {none} below {self.threshold:.2f})"
+        return f"{self.name or none} ({best}; {none} up to {self.threshold:.2f})"
 
 
 class Recogniser:
     """Recognises things from one photo or a few of each, by the features of a body.
 
     A class is the photos that are remembered under its name. A photo is taken for the class whose
-    score is highest, or for none of these where that is below the `threshold`. Classes and photos
-    may come and go at any time.
+    score is highest, or for none of these where that is not above the `threshold`. Classes and
+    photos may come and go at any time.
 
     Args:
         body: a body, or its name as `metautils.pretrained.body` knows it.
@@ -82,7 +82,7 @@ class Recogniser:
 
     Example:
         >>> pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-        >>> things = Recogniser(pretrained.Body(pool, features=3, size=8))
+        >>> things = Recogniser(pretrained.Body(pool, 3, size=8, mean=[0] * 3, std=[1] * 3))
         >>> red, blue, dark = (Image.new("RGB", (20, 30), x) for x in ("red", "blue", "darkred"))
         >>> things.remember([red, blue], ["tomato", "sky"])
         >>> things.recognise(dark).name
@@ -176,7 +176,7 @@ class Recogniser:
         threshold, scores = self.threshold, self.scores(self.features([photo]))[0].tolist()
         ranked = sorted(zip(self.classes, scores, strict=True), key=lambda pair: -pair[1])
         name, score = ranked[0]
-        return Answer(name if score >= threshold else None, score, threshold, dict(ranked))
+        return Answer(name if score > threshold else None, score, threshold, dict(ranked))
 
     def features(self, photos: Sequence[Photo]) -> Tensor:
         """What the body makes of photos, of length 1, `(photos, features)`.
@@ -192,7 +192,7 @@ class Recogniser:
 
     @property
     def threshold(self) -> float:
-        """From which score on a photo is of a class, by what is remembered alone."""
+        """Above which score a photo is of a class, by what is remembered alone."""
         if self._found is None:
             self._found = _between(self.known(), self.unknown())
         return self._found
@@ -347,9 +347,10 @@ def _between(known: Tensor, unknown: Tensor) -> float:
     if not len(known):
         return float(unknown.quantile(1 - PASSED))
     scores = torch.cat([known, unknown]).unique()  # (k,), rising
-    inner = (scores[1:] + scores[:-1]) / 2  # (k - 1,)
-    cuts = torch.cat([scores[:1], inner])[:, None]  # (k, 1)
-    refused, accepted = (known < cuts).float().mean(1), (unknown >= cuts).float().mean(1)  # (k,)
-    worse = torch.maximum(refused, accepted)
-    best = cuts[worse == worse.min()]
+    if len(scores) > 1:
+        scores = (scores[1:] + scores[:-1]) / 2  # (k - 1,), between each two
+    cuts = scores[:, None]
+    refused, accepted = (known <= cuts).float().mean(1), (unknown > cuts).float().mean(1)
+    worse = torch.maximum(refused, accepted)  # (k - 1,)
+    best = scores[worse == worse.min()]
     return float(best[len(best) // 2])

@@ -42,7 +42,7 @@ def test_things_are_recognised(head, shots):
     for name in COLOURS:
         answer = things.recognise(colour(name, 9))
         assert answer.name == name
-        assert answer.score >= answer.threshold
+        assert answer.score > answer.threshold
         assert list(answer.scores.values()) == sorted(answer.scores.values(), reverse=True)
         assert set(answer.scores) == set(COLOURS)
 
@@ -50,7 +50,7 @@ def test_things_are_recognised(head, shots):
 def test_stranger_is_none_of_these():
     answer = made(names=["red", "green"]).recognise(colour("blue", 9))
     assert answer.name is None
-    assert answer.score < answer.threshold
+    assert answer.score <= answer.threshold
     assert str(answer).startswith("none of these (")
 
 
@@ -138,6 +138,20 @@ def test_strangers_that_are_met_set_the_threshold():
     assert things.threshold != before
     assert things.recognise(colour("black", 9)).name is None
     assert things.recognise(colour("red", 9)).name == "red"
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown", "threshold"),
+    [
+        ([0.9, 0.8], [0.2, 0.4], 0.6),  # the middle of the gap
+        ([0.9, 0.3, 0.8, 0.7], [0.2, 0.4, 0.1, 0.5], 0.6),  # one of four is refused, none let in
+        ([0.5], [0.5], 0.5),
+        ([], [0.1, 0.2, 0.3, 0.4, 0.5], 0.4),  # lets in a quarter of the strangers
+        ([], [0.3, 0.3], 0.3),  # of two photos the one is the other's stranger
+    ],
+)
+def test_threshold_between_scores(known, unknown, threshold):
+    assert recognise._between(*map(torch.tensor, (known, unknown))) == pytest.approx(threshold)
 
 
 def test_one_class_and_strangers_will_do():
