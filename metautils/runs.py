@@ -19,7 +19,7 @@ from metautils.data.bank import ClassBank, Parts
 from metautils.errors import BadArgument
 from metautils.evaluate import evaluate
 from metautils.files import DataError, check_apart, check_folder, read_json, reading, written_at
-from metautils.learners.base import Learner, Method, Preset, Problem, takes_features
+from metautils.learners.base import WARM_UP, Learner, Method, Preset, Problem, takes_features
 from metautils.learners.protonet import ProtoNet
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
@@ -96,7 +96,7 @@ def train(
     history = meta_train(
         learner, episodes, told.steps, told.lr, choose, validation_episodes,
         every=max(250, told.steps // 24) if body is None else max(1, told.steps // 5),
-        out=out, clip=told.clip, warm_up=told.warm_up, body=body,
+        out=out, clip=told.clip, warm_up=None if body is None else WARM_UP, body=body,
     )  # fmt: skip
     finished_before = before == written_at(out / CHECKPOINT)
     record = {

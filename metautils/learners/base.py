@@ -172,7 +172,7 @@ class Preset:
         tasks: in a training episode.
         episodes: of the test.
         lr: of Adam at the start.
-        clip, warm_up: of meta-gradients and of the rate, see `meta_train`.
+        clip: of meta-gradients, see `meta_train`.
 
     Example:
         >>> preset = Preset(steps=200, ways=20, shots=1, queries=5)
@@ -188,11 +188,11 @@ class Preset:
     episodes: int = 600
     lr: float = 1e-3
     clip: float | None = None
-    warm_up: int | None = None
 
 
-# Of methods on a body that has learned elsewhere: few steps at a small rate.
-_GENTLE = Preset(90, 10, 1, 5, lr=1e-4, clip=1.0, warm_up=30)
+# Of methods on a body that has learned elsewhere: few steps at a small rate, which first rises.
+WARM_UP = 30
+_GENTLE = Preset(90, 10, 1, 5, lr=1e-4, clip=1.0)
 ON_BODY = {"quick": _GENTLE, "full": replace(_GENTLE, steps=185)}
 
 
