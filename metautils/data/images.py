@@ -25,7 +25,6 @@ UNREAD = {".heic", ".heif", ".hif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".or
 LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle"}
 LEFTOVERS |= {"$recycle.bin", "system volume information", "lost+found"}
 
-LONGEST = 8  # times its short side: what lies beyond in a strip is cut off before it is enlarged
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLES = 258, 262, 274, 339  # tags of TIFF, and of EXIF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,6 +35,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+LONGEST = 8  # times its short side: what lies beyond in a strip is cut off before it is enlarged
 
 
 def visible(name: str) -> bool:
