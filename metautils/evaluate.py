@@ -99,7 +99,8 @@ def episode_accuracy(learner: Learner, sampler: EpisodeSampler, episodes: int) -
     was_training, shown = learner.training, sampler.ways * (sampler.shots + sampler.queries)
     few = len(sampler.bank.images) < episodes * shown and not (sampler.rotate or sampler.vary)
     judged = learner
-    if few and takes_features(learner):
+    # A sampler with a `sample` of its own may do with images what cannot be done with features.
+    if few and type(sampler) is EpisodeSampler and takes_features(learner):
         sampler = copy.copy(sampler)  # with the same generator, which moves on
         judged, sampler.bank = learner.on_features(sampler.bank)
     right = _per_task(

@@ -338,6 +338,17 @@ def test_validation_embeds_each_image_once():
     assert torch.equal(many.generator.get_state(), few.generator.get_state())
 
 
+def test_a_sampler_of_ones_own_draws_images():
+    class Darker(EpisodeSampler):
+        def sample(self):
+            episode = super().sample()
+            assert episode.support_x.dim() == 5
+            return episode
+
+    learner = ProtoNet(nn.Flatten())
+    assert len(episode_accuracy(learner, Darker(blobs(classes=4, images=6), 3, 1, 2), 20)) == 20
+
+
 def test_loaded_weights_answer_as_the_trained_ones(tmp_path, body):
     assert train(tmp_path, "--body", "any") == 0
     method = methods.known()["protonet"]
