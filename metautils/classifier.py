@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
 from metautils import pretrained
-from metautils.data.images import LONGEST, read_rgb
+from metautils.data.images import read_rgb
 from metautils.data.labelled import Images
 from metautils.evaluate import wilson95
 from metautils.files import DataError, load_safely, save_atomically
@@ -25,6 +25,7 @@ from metautils.fit import predict
 from metautils.precision import single
 
 MODEL = "model.pt"
+LONGEST = 8  # times its short side: what lies beyond in a strip is cut off before it is enlarged
 
 
 class Classifier(nn.Sequential):

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import os
 import pickle
-import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import ResNet50_Weights, resnet50
 
-from metautils import lite0
 from metautils.checkpoint import CheckpointMismatch, check_same_network
 from metautils.errors import BadArgument
 from metautils.files import DataError, load_safely, reading
 
+IMAGENET = ResNet50_Weights.IMAGENET1K_V2
 LITE0 = "efficientnet_lite0"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 # The first parameter of those bodies whose weights a file may hold.
@@ -44,7 +45,7 @@ class Body(nn.Module):
         size: height and width that it was made for, pixels.
         mean: of each channel, that is subtracted.
         std: of each channel, that is divided by.
-        enlarged: short side of the images from whose middle it was tested, in crops: 1 or more.
+        enlarged: short side of the images from whose middle it was tested, in crops.
         interpolation: how they were scaled, "bilinear" or "bicubic".
         stages: names of `net`'s parameters, a list for each stage, from the images to the
             features; None for a single stage.
@@ -132,22 +133,15 @@ def body(weights: str | Path | None = LITE0, kind: str = "resnet50") -> Body:
 def _made(kind: str) -> Body:
     """A body with random weights."""
     if kind == LITE0:
-        return _made_lite0()
+        return _timm(kind, pretrained=False)
     if kind.startswith("timm:"):
         return _timm(kind, pretrained=False)
-    from torchvision.models import resnet50
-
     # Residual branches that start at nothing: a shallow network at first, which learns sooner.
     net = resnet50(zero_init_residual=True)
     features, net.fc = net.fc.in_features, nn.Identity()
     starts = ("conv1.", "bn1."), *((f"layer{k}.",) for k in range(1, 5))
-    return Body(net, features, stages=_stages(net, starts))
-
-
-def _stages(net: nn.Module, starts: Sequence[tuple[str, ...]]) -> list[list[str]]:
-    """The names of the parameters of each stage, by how they begin."""
     names = [name for name, _ in net.named_parameters()]
-    return [[name for name in names if name.startswith(start)] for start in starts]
+    return Body(net, features, stages=[[n for n in names if n.startswith(s)] for s in starts])
 
 
 def _fill(made: Body, weights: dict[str, Tensor], source: str | Path) -> None:
@@ -161,26 +155,16 @@ def _fill(made: Body, weights: dict[str, Tensor], source: str | Path) -> None:
 # ResNet-50
 
 
-def __getattr__(name: str) -> Any:
-    """IMAGENET, when it is asked for: torchvision takes seconds to import."""
-    if name == "IMAGENET":
-        from torchvision.models import ResNet50_Weights
-
-        return ResNet50_Weights.IMAGENET1K_V2
-    return object.__getattribute__(sys.modules[__name__], name)  # which says that there is none
-
-
 def _imagenet() -> dict[str, Tensor]:
     """The state of IMAGENET1K_V2 but for its last layer."""
-    weights = sys.modules[__name__].IMAGENET
-    name = weights.url.rsplit("/", 1)[1]
+    name = IMAGENET.url.rsplit("/", 1)[1]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     with reading(path):
         there = path.exists()
     if there:  # torch checks a file only while it downloads it
         _check_hash(path, path.stem.rsplit("-", 1)[1])
     try:
-        state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        state = IMAGENET.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(f"{path} holds more than tensors: delete it, run again.") from error
     except (OSError, RuntimeError) as error:
@@ -207,20 +191,14 @@ def _check_hash(path: Path, expected: str) -> None:
 
 def _package(name: str, to_install: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():  # tqdm misses widgets, which nothing here shows
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            return importlib.import_module(name)
     except ImportError as error:
         raise DataError(
             f"This body needs the package {to_install}, which is not installed here: "
             f"`pip install {to_install}`, or name resnet50, none or a file of weights."
         ) from error
-
-
-def _made_lite0() -> Body:
-    """EfficientNet-Lite0 with random weights, and what timm says of its images."""
-    net, half = lite0.lite0(), (0.5, 0.5, 0.5)
-    starts = [("conv_stem.", "bn1."), *((f"blocks.{k}.",) for k in range(6))]
-    stages = _stages(net, [*starts, ("blocks.6.", "conv_head.", "bn2.")])
-    return _calm(Body(net, lite0.FEATURES, LITE0, 224, half, half, 8 / 7, "bicubic", stages))
 
 
 def _lite0(net: nn.Module) -> dict[str, Tensor]:
@@ -234,7 +212,7 @@ def _lite0(net: nn.Module) -> dict[str, Tensor]:
 def _timm(name: str, pretrained: bool) -> Body:
     """A body of timm's architectures, with what it says of itself."""
     timm = _package("timm", "timm")
-    known = name.removeprefix("timm:")
+    known = "tf_efficientnet_lite0" if name == LITE0 else name.removeprefix("timm:")
     if not timm.is_model(known.split(".")[0]):
         raise BadArgument(f"timm knows no body {known!r}: see `timm.list_models()` for the names.")
     try:
@@ -247,8 +225,11 @@ def _timm(name: str, pretrained: bool) -> Body:
             f"{known} could not be downloaded ({str(error).splitlines()[0]}): connect to the "
             f"network, or name {LITE0}, which needs none."
         ) from error
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            layer.__class__ = type("Grouped", (_Grouped, type(layer)), {})
     told = net.pretrained_cfg
-    made = Body(
+    return Body(
         net,
         getattr(net, "head_hidden_size", net.num_features),
         name,
@@ -259,15 +240,6 @@ def _timm(name: str, pretrained: bool) -> Body:
         told["interpolation"],
         list(timm.models.group_parameters(net, net.group_matcher(coarse=True)).values()),
     )
-    return _calm(made)
-
-
-def _calm(made: Body) -> Body:
-    """The body with its convolutions in groups trained in float32, see `_Grouped`."""
-    for layer in made.modules():
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-            layer.__class__ = type("Grouped", (_Grouped, type(layer)), {})
-    return made
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,9 +13,9 @@ from torch.nn import functional as F
 
 from metautils import pretrained
 from metautils.checkpoint import device_of, digest
+from metautils.classifier import Classifier, to_test
 from metautils.data import tree
-from metautils.data.bank import as_float
-from metautils.data.images import middle, read_each, read_rgb
+from metautils.data.images import read_each, read_rgb
 from metautils.errors import BadArgument
 from metautils.files import DataError, load_safely, save_atomically
 from metautils.learners.baseline import SCALE, nearest_centroid, ridge_head
@@ -233,19 +232,14 @@ class Recogniser:
         task = self.photos[list(support)][None], labels[None], features[None]
         return HEADS[self.head](*task)[0] / SCALE
 
-    def _see(self, photo: Photo) -> Tensor:
-        """The middle of a photo, `(3, size, size)` uint8."""
-        larger = round(self.size * self.body.enlarged)
-        image = middle(read_rgb(photo), self.size, larger, self.body.interpolation)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # from (size, size, 3)
-
     @torch.no_grad()
     def _look(self, photos: Sequence[Photo]) -> tuple[Tensor, list[str]]:
         """Features of photos, and a digest of what the body saw of each."""
-        seen = read_each(self._see, photos)  # (3, size, size) each
+        see = to_test(Classifier(self.body, ["any"], self.size))
+        seen = read_each(lambda photo: see(read_rgb(photo)), photos)  # (3, size, size) each
         rows = [torch.zeros(0, self.body.features)]
         for start in range(0, len(seen), BATCH):
-            x = as_float(torch.stack(seen[start : start + BATCH]).to(device_of(self.body)))
+            x = torch.stack(seen[start : start + BATCH]).to(device_of(self.body))
             rows.append(F.normalize(single(self.body(x)), dim=1).cpu())  # (n, features)
         return torch.cat(rows), [digest("", x) for x in seen]
 

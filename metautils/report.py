@@ -369,6 +369,7 @@ def _made(tested: Tested, record: dict[str, Any]) -> str:
         "Split": f"seed {split.get('seed', 0)}, groups {split.get('groups') or 'none'}",
         "Weights": record.get("weights") or "random",
         "Probe": _probe(record.get("stage_one", {})),
+        "Stage two": "left out, as " * ("left_out" in record) + record.get("left_out", ""),
         "Recipe": ", ".join(f"{name} {value}" for name, value in record.get("recipe", {}).items()),
         "Minutes": record.get("minutes", ""),
         "Machine": f"{record.get('device', 'unknown')}, {record.get('threads', '?')} thread(s)",

@@ -8,12 +8,16 @@ import pytest
 import torch
 from helpers import ROOT, blobs
 from PIL import Image
+from torch import nn
 
-from metautils import data, results
+from metautils import data, finetune, pretrained, results
+from metautils.classifier import Classifier
+from metautils.data import labelled
 from metautils.data.bank import split_classes
 from metautils.runs import RECORD
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import recipes
 import records
 
 EXPERIMENTS = records.known()
@@ -106,3 +110,48 @@ def test_listing_and_a_budget_of_minutes(monkeypatch, capsys, tmp_path):
 def test_unknown_name_is_told(capsys):
     assert records.main(["nothing"]) == 2
     assert "no experiment 'nothing'; there are: " in capsys.readouterr().out
+
+
+@pytest.fixture
+def body():
+    """A classifier of two stages with batch statistics, as if it had learned elsewhere."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    made = pretrained.Body(net, 4, stages=[["0.weight", "0.bias"], ["1.weight", "1.bias"]])
+    made.fixed = True
+    return Classifier(made, ["cat", "dog"], 32)
+
+
+def test_recipe_of_the_grid_is_the_packages_own(body):
+    own = finetune._groups(body, finetune.Recipe())
+    found = recipes.optimizer_of(body, **recipes.OURS)
+    assert isinstance(found, torch.optim.AdamW)
+    assert len(found.param_groups) == len(own)
+    for mine, group in zip(found.param_groups, own, strict=True):
+        assert all(a is b for a, b in zip(mine["params"], group["params"], strict=True))
+        assert (mine["lr"], mine["weight_decay"]) == (group["lr"], group["weight_decay"])
+
+
+def test_statistics_of_the_grid_move_where_they_should(place, body):
+    split = labelled.load(place / "data" / "dogs-vs-cats")
+    recipe = finetune.Recipe(32, 4, 1, mirror=False)
+    before = body.body.net[1].running_mean.clone()
+    kept = recipes.trained(body, split, recipe, True, recipes.PLAIN)
+    assert torch.equal(body.body.net[1].running_mean, before)
+    recipes.trained(body, split, recipe, False, recipes.PLAIN)
+    assert not torch.equal(body.body.net[1].running_mean, before)
+    assert body.body.fixed and len(kept["right"]) == len(split.test)
+
+
+def test_table_of_the_grid_is_paired_with_the_probe():
+    draws = [
+        {recipes.START: [1, 0, 0, 1], ("SGD", "moving"): [1, 1, 1, 1]},
+        {recipes.START: [1, 0, 1, 0], ("SGD", "moving"): [1, 1, 1, 0]},
+    ]
+    told = recipes.table({5: draws, 20: draws[:1] * 2})
+    assert told["rows"][0] == [*recipes.START, "50.0", "", "50.0", ""]
+    # Each image gains, as a mean over draws: 0, 100, 50, 0; and 0, 100, 100, 0 percent.
+    assert told["rows"][1] == [
+        "SGD", "moving", "87.5", "+37.5 ± 46.9", "100.0", "+50.0 ± 56.6",
+    ]  # fmt: skip

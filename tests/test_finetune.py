@@ -3,11 +3,12 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
+import random
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -16,11 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
     COLOURS,
-    ROOT,
     blind,
     flat,
     paint,
@@ -33,6 +34,7 @@ from helpers import (
 )
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.nn import functional as F
 from torch.optim import AdamW
 
@@ -41,6 +43,8 @@ from metautils import classifier, cli, finetune, pretrained
 from metautils.checkpoint import CheckpointMismatch
 from metautils.classifier import MODEL, Classifier
 from metautils.data import labelled
+from metautils.errors import BadArgument
+from metautils.evaluate import wilson95
 from metautils.files import load_safely
 from metautils.finetune import Recipe, between, l2_sp, stage_one, stage_two
 from metautils.fit import measure
@@ -88,6 +92,24 @@ def test_stage_one_changes_the_head_alone(split, kind):
     if kind == "tiny":
         assert (probe.accuracy, probe.wrong) == (100, 0)
         assert classifier.test(net, split.test).accuracy == 100
+
+
+def test_probe_is_fitted_by_one_thread(split, monkeypatch):
+    """More of them are many times slower beside other jobs."""
+    seen = []
+    for name in ("_strength", "_fitted"):
+        whole = getattr(finetune, name)
+
+        def noted(*some, whole=whole):
+            seen.extend(pool["num_threads"] for pool in threadpool_info())
+            return whole(*some)
+
+        monkeypatch.setattr(finetune, name, noted)
+    with threadpool_limits(2):
+        before = [pool["num_threads"] for pool in threadpool_info()]
+        stage_one(tiny_classifier(), split, RECIPE)
+        assert [pool["num_threads"] for pool in threadpool_info()] == before
+    assert set(seen) == {1} and 2 in before
 
 
 def test_stage_one_depends_on_nothing_drawn(split):
@@ -447,6 +469,72 @@ def test_probe_only_leaves_stage_two_out(tmp_path, photos, monkeypatch):
     assert same_weights(classifier.load(tmp_path / MODEL).head.state_dict(), probe.head)
 
 
+def spread(root, images, classes=2):
+    """Plain colours with a little noise, which a probe tells apart."""
+    random = np.random.default_rng(0)
+    for k in range(classes):
+        (root / f"c{k}").mkdir(parents=True)
+        for i in range(images):
+            pixels = random.integers(0, 90, (8, 8, 3), dtype=np.uint8)
+            pixels[..., k] += 160
+            Image.fromarray(pixels).save(root / f"c{k}" / f"{i}.png")
+    return root
+
+
+OPEN = replace(RECIPE, epochs=None)
+LEFT_OUT = r"^Stage two is left out, as the probe has 95\.\d % or more right .* --epochs 2 or more"
+
+
+@pytest.mark.parametrize(("images", "recipe", "rows"), [
+    (50, OPEN, 0), (20, OPEN, 20), (50, replace(OPEN, epochs=2), 2),
+])  # fmt: skip
+def test_stage_two_is_left_out_where_the_probe_is_good_for_sure(
+    tmp_path, monkeypatch, capsys, images, recipe, rows
+):
+    """All of 80 right are enough, all of 32 are not; and who asks for it gets it."""
+    monkeypatch.setattr(pretrained, "body", lambda *_: tiny_body())
+    finetune.run(spread(tmp_path / "photos", images), tmp_path / "out", recipe)
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["stage_one"]["accuracy"] == 100
+    assert len(record["stage_two"]) == rows
+    assert (record.get("left_out") is None) == (rows > 0) == ("choice" in record)
+    assert bool(re.search(LEFT_OUT, capsys.readouterr().out, re.M)) == (rows == 0)
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert ("left out, as the probe has 95." in page) == (rows == 0)
+    if not rows:
+        probe = stage_one(Classifier(tiny_body(), ("c0", "c1")), labelled.load(tmp_path / "photos"),
+                          recipe)  # fmt: skip
+        kept = classifier.load(tmp_path / "out" / MODEL)
+        assert same_weights(kept.head.state_dict(), probe.head)
+
+
+def test_stage_two_that_was_begun_is_gone_on_with(tmp_path, monkeypatch):
+    """Or refused, if it was of another recipe; its classifier is not replaced by the probe."""
+    monkeypatch.setattr(pretrained, "body", lambda *_: tiny_body())
+    photos, out = spread(tmp_path / "photos", 50), tmp_path / "out"
+    finetune.run(photos, out, replace(OPEN, epochs=2))
+    before = (out / MODEL).read_bytes()
+    with pytest.raises(CheckpointMismatch, match="epochs=2"):
+        finetune.run(photos, out, OPEN)
+    assert (out / MODEL).read_bytes() == before
+
+
+@pytest.mark.parametrize(("right", "counts", "weighted", "lowest"), [
+    (100.0, (40, 40), False, wilson95(80, 80)[0]),
+    (97.5, (40, 40), False, wilson95(78, 80)[0]),
+    (100.0, (76, 4), False, wilson95(80, 80)[0]),
+    (100.0, (40, 40), True, wilson95(80, 80)[0]),
+    (100.0, (76, 4), True, wilson95(15, 15)[0]),
+])  # fmt: skip
+def test_how_good_a_probe_is_for_sure(right, counts, weighted, lowest):
+    """Where classes count alike, 76 and 4 images tell as much as 2^2 / (1/76 + 1/4) = 15 do."""
+    labels = [0] * counts[0] + [1] * counts[1]
+    train = SimpleNamespace(targets=labels[::2], classes=("a", "b"))
+    split = labelled.Split(train, SimpleNamespace(targets=labels[1::2]), None)
+    probe = finetune.Probe(1.0, right, 0, {}, {}, 0.0)
+    assert finetune._surely(probe, split, Recipe(class_weights=weighted)) == pytest.approx(lowest)
+
+
 @pytest.mark.parametrize(("seen", "epochs"), [(1, 2), (60, 3), (1600, 20)])
 def test_epochs_by_default_are_as_many_as_the_images_allow(split, monkeypatch, seen, epochs):
     """Of 18 images here, never less than 2 and never more than 20."""
@@ -469,46 +557,88 @@ def test_probe_is_saved_before_stage_two(tmp_path, photos, bodies):
     assert (tmp_path / MODEL).read_bytes() == finished
 
 
-KILLED = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-from helpers import blind, tiny_body
-from metautils import finetune, pretrained
-from test_finetune import RECIPE
+LONG = replace(RECIPE, epochs=12)
 
-def body(*_):
+
+def tune_and_leave(photos, out, moment=0):
+    """In a process of its own: the recipe, killed at this of its moments; how many they are."""
+    torch.set_num_threads(1)
+    seen = count(1)
+
+    def alive(half_written=None):
+        if next(seen) == moment:
+            if half_written is not None:
+                half_written.write(b"PK half a file")
+                half_written.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(owner, name):
+        whole = getattr(owner, name)
+
+        def work(*some, **named):
+            alive(some[1] if name == "save" else None)
+            found = whole(*some, **named)
+            alive()
+            return found
+
+        setattr(owner, name, work)
+
+    for owner, name in ((torch, "save"), (os, "fsync"), (Path, "replace"), (AdamW, "step")):
+        counted(owner, name)
+    finetune.run(photos, out, LONG)
+    (out / "moments").write_text(str(next(seen) - 1))
+
+
+def exit_code(*arguments):
+    """Of a fork, which has torch loaded already; one that starts anew would need seconds."""
+    process = multiprocessing.get_context("fork").Process(target=tune_and_leave, args=arguments)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def never_killed(photos, tmp_path_factory):
+    """The folder of a run, and how many moments there are in it."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "body", lambda *_: body_that_has_learned())
+        assert exit_code(photos, out) == 0
+    return out, int((out / "moments").read_text())
+
+
+def body_that_has_learned():
     made = blind(tiny_body())
     made.fixed = True
     return made.train()
 
-pretrained.body = body
-finetune.run(sys.argv[1], Path(sys.argv[2]), replace(RECIPE, epochs=12))
-"""
 
-
-def test_killed_and_resumed_run_ends_as_one_that_was_not(tmp_path, photos):
-    """Killed outright, between the stages and in the middle of the second."""
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-    def begun(out):
-        command = [sys.executable, "-c", KILLED, str(photos), str(out)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.DEVNULL)  # fmt: skip
-
-    cut, killed = tmp_path / "cut", 0
-    for name in (MODEL, "all_layers.pt"):
-        process = begun(cut)
-        while not (cut / name).exists() and process.poll() is None:
-            time.sleep(0.001)
-        process.kill()
-        killed += process.wait() != 0
-    assert killed == 2
-    assert [begun(out).wait() for out in (cut, tmp_path / "whole")] == [0, 0]
-    ends = [load_safely(out / MODEL)["weights"] for out in (cut, tmp_path / "whole")]
+# KILLS=20 tries more moments than there is time for every day. The second of seed 7 leaves half a
+# file, which a checkpoint written under its own name would not survive.
+@pytest.mark.skipif(os.name != "posix", reason="only there are forks and SIGKILL")
+@pytest.mark.parametrize("seed", range(7, 7 + int(os.environ.get("KILLS", 3))))
+def test_killed_and_resumed_run_ends_as_one_that_was_not(
+    tmp_path, photos, never_killed, monkeypatch, seed
+):
+    """SIGKILL at two random moments: in, before and after a step and a file that is written."""
+    monkeypatch.setattr(pretrained, "body", lambda *_: body_that_has_learned())
+    whole, moments = never_killed
+    assert moments > 200
+    first, second = random.Random(seed).choices(range(1, moments + 1), k=2)
+    assert exit_code(photos, tmp_path, first) == -signal.SIGKILL
+    # The second run has fewer moments, as it goes on where the first was stopped.
+    assert exit_code(photos, tmp_path, second) in (-signal.SIGKILL, 0)
+    for kept in tmp_path.glob("*.pt"):  # whatever bears its name is whole
+        assert load_safely(kept)
+    assert exit_code(photos, tmp_path) == 0
+    ends = [load_safely(out / MODEL)["weights"] for out in (tmp_path, whole)]
     assert same_weights(*ends)
-    assert same_weights(last(cut), last(tmp_path / "whole"))
+    assert same_weights(last(tmp_path), last(whole))
+    told = [json.loads((out / "record.json").read_bytes()) for out in (tmp_path, whole)]
+    for name in ("test", "confusion", "files", "recipe"):
+        assert told[0][name] == told[1][name]
+    left = {path.name for path in tmp_path.iterdir()} ^ set(names_in(whole))
+    assert all(name.startswith(".") and name.endswith(".partial") for name in left)
 
 
 def test_probe_is_kept_where_stage_two_diverges(tmp_path, photos, bodies, capsys):
@@ -802,6 +932,38 @@ def test_bad_images_are_told_before_any_training(tmp_path, bodies):
     told_in_one_line(lambda: finetune.run(root, tmp_path / "out", RECIPE), r"red/x\.jpg is no read")
     assert bodies == []
     assert names_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "levit_128s"])
+def test_size_that_a_body_refuses_is_told_before_any_training(tmp_path, photos, monkeypatch, name):
+    """By an assertion of timm's or by shapes that do not fit; its own size is taken."""
+    made = pretrained.body(None, f"timm:{name}")
+    monkeypatch.setattr(pretrained, "body", lambda *_: made)
+    monkeypatch.setattr(finetune, "both_stages", Mock(side_effect=KeyError))
+    told = rf"^--size 64: timm:{name} was made for images of 224 pixels and refuses others: leave"
+    with pytest.raises(BadArgument, match=told):
+        finetune.run(photos, tmp_path, replace(RECIPE, size=64))
+    assert names_in(tmp_path) == []
+    with pytest.raises(KeyError):
+        finetune.run(photos, tmp_path, replace(RECIPE, size=None))
+
+
+def test_size_that_takes_too_much_memory_is_another_matter(monkeypatch):
+    net = tiny_classifier(size=32)
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+    monkeypatch.setattr(net.body, "forward", Mock(side_effect=error))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        finetune._check_size(net)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_look_at_the_size_changes_nothing(fixed):
+    net = tiny_classifier(size=32)
+    net.body.fixed = fixed
+    before, state = weights_of(net.train()), torch.get_rng_state()
+    finetune._check_size(net)
+    assert same_weights(net.state_dict(), before) and torch.equal(torch.get_rng_state(), state)
+    assert net.training and net.body.net[1].training != fixed
 
 
 @pytest.mark.parametrize(("file", "left"), [(1, []), (2, ["features.pt"])])

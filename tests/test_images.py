@@ -1,8 +1,12 @@
 """One image is read right whatever its kind, or a sentence names the file that is none."""
 
 import io
+import os
 import re
+import signal
 import struct
+import threading
+import time
 import zlib
 
 import numpy as np
@@ -14,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 
 from metautils.data import folder, labelled
-from metautils.data.images import read_image, read_rgb, visible
+from metautils.data.images import read_each, read_image, read_rgb, visible
 from metautils.files import DataError
 
 
@@ -419,3 +423,42 @@ def test_fault_of_ours_is_not_taken_for_a_bad_image(tmp_path, monkeypatch):
     monkeypatch.setattr("metautils.data.images._eight_bits", broken)
     with pytest.raises(ValueError, match="^a fault$"):
         read_image(tmp_path / "x.png")
+
+
+def test_several_files_are_read_at_the_same_time(monkeypatch):
+    """In their order, whichever is done first; neither waits for the other to be done."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    met = threading.Barrier(2, timeout=20)
+
+    def read(file):
+        met.wait()
+        time.sleep(0.02 * (file % 3))
+        return 2 * file
+
+    assert read_each(read, range(12)) == [2 * file for file in range(12)]
+
+
+def test_fault_of_ours_while_many_files_are_read_is_raised(monkeypatch):
+    def read(file):
+        if file == 5:
+            raise KeyError("a fault")
+        raise DataError(f"{file} is bad.")
+
+    with pytest.raises(KeyError, match="a fault"):
+        read_each(read, range(100))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there is SIGINT sent to a process")
+def test_reading_many_files_is_interrupted_at_once():
+    """By Ctrl-C, which comes to the main thread alone; what waits to be read stays unread."""
+    seen = []
+
+    def read(file):
+        seen.append(file)
+        time.sleep(0.01)
+        if file == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        read_each(read, range(1000))
+    assert len(seen) < 100

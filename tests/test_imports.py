@@ -12,7 +12,7 @@ PACKAGE = ROOT / "metautils"
 # From left to right. Those of one row do not import one another; a name that ends with a dot
 # stands for all modules of a folder, which may, but not in a circle.
 ORDER = (
-    ("errors", "episode", "progress", "shown", "lite0"),
+    ("errors", "episode", "progress", "shown"),
     ("files",),
     ("precision", "nets"),
     ("checkpoint",),

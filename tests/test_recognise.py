@@ -9,11 +9,8 @@ import pytest
 import torch
 from helpers import COLOURS, ROOT, paint, tiny_body, tiny_classifier
 from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from metautils import cli, pretrained, recognise
-from metautils.classifier import Classifier, to_test
-from metautils.data.images import read_rgb
 from metautils.errors import BadArgument
 from metautils.files import DataError
 from metautils.learners.baseline import SCALE, ridge_head
@@ -232,25 +229,10 @@ def test_head_that_is_none():
         Recogniser(tiny_body(), "tree")
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("size", [(640, 427), (100, 901), (2000, 40), (33, 31)])
-def test_photos_are_seen_as_a_classifier_sees_them(interpolation, size):
-    """But for the rounding of a pixel here and there."""
-    photo = Image.fromarray(load_sample_image("china.jpg")).resize(size)
-    net = Classifier(tiny_body(), ("a", "b"), 64)
-    net.body.enlarged, net.body.interpolation = 256 / 224, interpolation
-    things = Recogniser(net.body, size=64)
-    seen = things._see(photo)
-    difference = (seen - 255 * to_test(net)(photo)).abs()
-    assert seen.shape == (3, 64, 64)
-    assert float(difference.mean()) < 0.5
-    assert float(difference.max()) <= 2
-
-
 def test_first_answer_waits_for_no_other_library():
-    """torchvision, timm and scikit-learn take longer to import than everything else here."""
+    """Each takes a second or more to import, and no answer needs it."""
     told = "import sys; from metautils import cli, recognise; cli._parser(['recognise']); "
-    told += "print([x for x in ('torchvision', 'timm', 'sklearn', 'matplotlib', 'torch._dynamo') "
+    told += "print([x for x in ('sklearn', 'matplotlib') "
     told += "if x in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, check=True
@@ -322,7 +304,7 @@ def spoil(place, name):
     elif name == "empty":
         shutil.rmtree("things/red"), (place / "things" / "red").mkdir()
     elif name == "twice":
-        read_rgb("things/red/0.png").save("things/green/again.bmp")
+        Image.open("things/red/0.png").save("things/green/again.bmp")
     elif name == "none":
         (place / "things" / "red" / "0.png").write_bytes(b"no image")
 

