@@ -13,27 +13,18 @@ from pathlib import Path
 
 import torch
 
-from metautils import (
-    classifier,
-    data,
-    export,
-    finetune,
-    methods,
-    pretrained,
-    report,
-    results,
-    runs,
-)
-from metautils.data import tree
-from metautils.data.bank import Parts
 from metautils.errors import BadArgument, ReaderError
 from metautils.files import DataError, check_file, save_text
-from metautils.finetune import Recipe
 from metautils.progress import progress_bar
+
+# A command imports what it needs itself: all of it together takes seconds, which nobody should wait
+# for who wants an answer on one photo.
 
 
 def train(args: argparse.Namespace) -> None:
     """Train, test and write `record.json`; the same command goes on after an interruption."""
+    from metautils import runs
+
     record = runs.train(
         args.method,
         args.data,
@@ -43,6 +34,7 @@ def train(args: argparse.Namespace) -> None:
         seed=args.seed,
         transductive=args.transductive,
         device=args.device,
+        body=args.body,
         ways=args.ways,
         shots=args.shots,
         queries=args.queries,
@@ -53,6 +45,8 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate_again(args: argparse.Namespace) -> None:
     """Score a trained checkpoint anew, on its own test classes or on another set."""
+    from metautils import runs
+
     out = runs.evaluate_again(
         args.run,
         source=args.data,
@@ -66,10 +60,12 @@ def evaluate_again(args: argparse.Namespace) -> None:
 
 def finetune_folder(args: argparse.Namespace) -> None:
     """Fine-tune a pretrained body on a folder of images; the same command goes on if stopped."""
+    from metautils import classifier, finetune, report
+
     names = ("size", "epochs", "batch", "lr", "pull", "seed")
     asked = {name: getattr(args, name) for name in names}
     own = {"mirror": args.mirror, "class_weights": args.class_weights}
-    recipe = Recipe(**{k: v for k, v in asked.items() if v is not None}, **own)
+    recipe = finetune.Recipe(**{k: v for k, v in asked.items() if v is not None}, **own)
     weights = None if args.weights == "none" else args.weights
     if weights is None and args.pull is not None:
         raise BadArgument("--l2-sp pulls to pretrained weights, so it needs other --weights.")
@@ -85,6 +81,9 @@ def finetune_folder(args: argparse.Namespace) -> None:
 
 def classify(args: argparse.Namespace) -> int:
     """Say what is on images, with the classifier of a fine-tuning; of bad ones, at the end, why."""
+    from metautils import classifier
+    from metautils.data import tree
+
     if args.csv:
         check_file(args.csv, 1 << 20)
     files = [file for name in args.images for file in tree.images_in(name)]
@@ -107,14 +106,44 @@ def classify(args: argparse.Namespace) -> int:
 
 def export_run(args: argparse.Namespace) -> None:
     """Write the classifier of a fine-tuning as a file for other programs: .onnx or .pt2."""
+    from metautils import classifier, export
+
     net = classifier.load(args.run / classifier.MODEL)
     export.export(net, args.out)
     print(f"{args.out} gives the probabilities of {', '.join(net.classes)}.")
     print(f"Its images: {export.told(net)['images']}.")
 
 
+def recognise(args: argparse.Namespace) -> int:
+    """Say which of the things of a folder is on images, or none of these; nothing is trained."""
+    from metautils.data import tree
+    from metautils.recognise import remembered
+
+    if args.save:
+        check_file(args.save, 1 << 20)
+    files = [file for name in args.images for file in tree.images_in(name)]
+    body, size = args.body, None
+    if args.run:
+        from metautils import runs  # which brings all methods with it
+
+        body, size = runs.trained_body(args.run)
+    things = remembered(args.support, args.strangers, body, size, args.head, args.device)
+    if args.save:
+        things.save(args.save)
+    bad = []
+    for file in files:
+        try:
+            print(f"{file}: {things.recognise(file)}", flush=True)
+        except DataError as error:
+            bad.append(error)
+    return max([_told(error) for error in bad], default=0)
+
+
 def describe(args: argparse.Namespace) -> None:
     """Fetch and check a set, and say what is in it."""
+    from metautils import data
+    from metautils.data.bank import Parts
+
     for part, bank in zip(Parts._fields, data.load(args.name, split=args.split), strict=True):
         counts = bank.counts.tolist() or [0]
         shape = " x ".join(map(str, bank.images.shape[1:]))
@@ -126,6 +155,8 @@ def describe(args: argparse.Namespace) -> None:
 
 def page(args: argparse.Namespace) -> None:
     """Print all records as Markdown."""
+    from metautils import results
+
     try:
         print(results.page(), flush=True)
     except BrokenPipeError:  # who reads it has seen enough, such as `| head`
@@ -140,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe on Windows may lack the letters of a name
             stream.reconfigure(errors="backslashreplace")
-    args = _parser().parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
+    args = _parser(given).parse_args(given)
     args.command = shlex.join(["python", "-m", "metautils", *given])
     try:
         return args.run_command(args) or 0
@@ -170,11 +201,22 @@ def _out_of_memory(error: Exception) -> bool:
     return "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """With the arguments of all commands, or of those alone that are among the words."""
     parser = argparse.ArgumentParser(prog="python -m metautils", description=__doc__)
     commands = parser.add_subparsers(required=True)
+    for name, (run_command, add_arguments, less_memory) in COMMANDS.items():
+        told = run_command.__doc__
+        one = commands.add_parser(name, help=told, description=told)
+        if words is None or name in words:
+            add_arguments(one)
+        one.set_defaults(run_command=run_command, less_memory=less_memory)
+    return parser
 
-    one = commands.add_parser("train", help=train.__doc__, description=train.__doc__)
+
+def _train_arguments(one: argparse.ArgumentParser) -> None:
+    from metautils import methods
+
     one.add_argument("method", help=f"{', '.join(methods.known())}, or a file of your own")
     one.add_argument(
         "--data", default="glyphs", help="glyphs, omniglot, cifar_fs or a folder of images"
@@ -183,34 +225,39 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--preset", default="quick", choices=["quick", "full"])
     one.add_argument("--out", type=Path, required=True, help="folder for checkpoint and record")
     one.add_argument("--seed", type=_seed, default=0)
+    one.add_argument(
+        "--body", help="efficientnet_lite0, resnet50 or timm:NAME, to learn on; else from scratch"
+    )
     one.add_argument("--ways", type=_positive, help="of the training episodes")
     one.add_argument("--shots", type=_positive, help="of the training episodes")
     one.add_argument("--queries", type=_positive, help="a class, of the training episodes")
     one.add_argument("--lr", type=_rate, help="of Adam at the start")
-    one.set_defaults(run_command=train, less_memory="give fewer --ways or --queries")
+    _add_device(one)
+    _add_inductive(one)
 
-    two = commands.add_parser(
-        "evaluate", help=evaluate_again.__doc__, description=evaluate_again.__doc__
-    )
+
+def _evaluate_arguments(two: argparse.ArgumentParser) -> None:
     two.add_argument("run", type=Path, help="the --out folder of a training")
     two.add_argument("--data", help="another set to test on")
     two.add_argument("--split", choices=["random", "background"])
     two.add_argument("--rotations", default="none", choices=["none", "classes", "episode"])
-    two.set_defaults(run_command=evaluate_again, less_memory="try --device cpu")
+    _add_device(two)
+    _add_inductive(two)
 
-    three = commands.add_parser("data", help=describe.__doc__, description=describe.__doc__)
+
+def _data_arguments(three: argparse.ArgumentParser) -> None:
     three.add_argument("name", help="glyphs, omniglot, digits, cifar_fs or a folder")
     three.add_argument("--split", default="random", choices=["random", "background"])
-    three.set_defaults(run_command=describe, less_memory="name a smaller set")
 
-    tune = commands.add_parser(
-        "finetune", help=finetune_folder.__doc__, description=finetune_folder.__doc__
-    )
+
+def _finetune_arguments(tune: argparse.ArgumentParser) -> None:
+    from metautils.pretrained import LITE0
+
     tune.add_argument("--data", type=Path, required=True, help="folder, a subfolder for each class")
     tune.add_argument("--out", type=Path, required=True, help="folder for classifier and record")
     tune.add_argument(
         "--weights",
-        default=pretrained.LITE0,
+        default=LITE0,
         help="efficientnet_lite0 (default), resnet50, timm:NAME, none, or a file of weights",
     )
     tune.add_argument("--size", type=_positive, help="of the images in pixels, 224 by default")
@@ -244,34 +291,70 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--class-weights", action="store_true", help="rare classes count as much as common ones"
     )
-    tune.set_defaults(run_command=finetune_folder, less_memory="give a smaller --batch or --size")
+    _add_device(tune)
 
-    tell = commands.add_parser("classify", help=classify.__doc__, description=classify.__doc__)
+
+def _classify_arguments(tell: argparse.ArgumentParser) -> None:
     tell.add_argument("run", type=Path, help="the --out folder of a fine-tuning")
     tell.add_argument("images", type=Path, nargs="+", help="files, or folders of them")
     tell.add_argument("--csv", type=Path, help="file for the answers, a row for each image")
     tell.add_argument("--batch", type=_positive, default=32, help="images at a time")
-    tell.set_defaults(run_command=classify, less_memory="give a smaller --batch or smaller images")
+    _add_device(tell)
 
-    away = commands.add_parser("export", help=export_run.__doc__, description=export_run.__doc__)
+
+def _recognise_arguments(one: argparse.ArgumentParser) -> None:
+    one.add_argument("images", type=Path, nargs="+", help="files, or folders of them")
+    one.add_argument(
+        "--support",
+        type=Path,
+        required=True,
+        help="folder, a subfolder for each thing with a photo or more; or what --save wrote",
+    )
+    one.add_argument("--strangers", type=Path, help="folder of photos of none of these things")
+    body = one.add_mutually_exclusive_group()
+    body.add_argument("--body", help="efficientnet_lite0 (default), resnet50 or timm:NAME")
+    body.add_argument(
+        "--run", type=Path, help="the --out folder of a training on a body, or of a fine-tuning"
+    )
+    one.add_argument("--head", choices=["centroid", "ridge"], help="centroid by default")
+    one.add_argument("--save", type=Path, help="file for what is remembered: features, no photos")
+    _add_device(one)
+
+
+def _export_arguments(away: argparse.ArgumentParser) -> None:
     away.add_argument("run", type=Path, help="the --out folder of a fine-tuning")
     away.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx or .pt2")
-    away.set_defaults(run_command=export_run, less_memory="close other programs")
 
-    four = commands.add_parser("results", help=page.__doc__, description=page.__doc__)
-    four.set_defaults(run_command=page, less_memory="close other programs")
 
+def _no_arguments(one: argparse.ArgumentParser) -> None:
+    """Of a command that has none."""
+
+
+def _add_device(one: argparse.ArgumentParser) -> None:
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    for command in (one, two, tune, tell):
-        command.add_argument("--device", type=_device, default=where)
-    for command in (one, two):
-        command.add_argument(
-            "--inductive",
-            dest="transductive",
-            action="store_false",
-            help="normalise queries by the support set, not by one another",
-        )
-    return parser
+    one.add_argument("--device", type=_device, default=where)
+
+
+def _add_inductive(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--inductive",
+        dest="transductive",
+        action="store_false",
+        help="normalise queries by the support set, not by one another",
+    )
+
+
+# What runs each command, what adds its arguments, and what to do where memory does not suffice.
+COMMANDS = {
+    "train": (train, _train_arguments, "give fewer --ways or --queries"),
+    "evaluate": (evaluate_again, _evaluate_arguments, "try --device cpu"),
+    "data": (describe, _data_arguments, "name a smaller set"),
+    "finetune": (finetune_folder, _finetune_arguments, "give a smaller --batch or --size"),
+    "classify": (classify, _classify_arguments, "give a smaller --batch or smaller images"),
+    "recognise": (recognise, _recognise_arguments, "give smaller images"),
+    "export": (export_run, _export_arguments, "close other programs"),
+    "results": (page, _no_arguments, "close other programs"),
+}
 
 
 def _device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.data.regression import RegressionSampler
 from metautils.errors import BadArgument
-from metautils.learners.base import Learner, check_targets
+from metautils.learners.base import Learner, check_targets, takes_features
 from metautils.precision import fast_autocast
 from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
@@ -92,11 +93,21 @@ class Evaluation:
 def episode_accuracy(learner: Learner, sampler: EpisodeSampler, episodes: int) -> Tensor:
     """Percent right in each of the next `episodes` episodes of `sampler`, `(episodes,)`.
 
-    The learner is put into evaluation mode for the while.
+    The learner is put into evaluation mode for the while. One that can answer from features embeds
+    each image of the bank once, if the episodes would show it more images than there are.
     """
-    return 100 * _per_task(
-        learner, sampler, episodes, lambda logits, y: (logits.argmax(-1) == y).float().mean(1)
+    was_training, shown = learner.training, sampler.ways * (sampler.shots + sampler.queries)
+    few = len(sampler.bank.images) < episodes * shown and not (sampler.rotate or sampler.vary)
+    judged = learner
+    # A sampler with a `sample` of its own may do with images what cannot be done with features.
+    if few and type(sampler) is EpisodeSampler and takes_features(learner):
+        sampler = copy.copy(sampler)  # with the same generator, which moves on
+        judged, sampler.bank = learner.on_features(sampler.bank)
+    right = _per_task(
+        judged, sampler, episodes, lambda logits, y: (logits.argmax(-1) == y).float().mean(1)
     )
+    learner.train(was_training)
+    return 100 * right
 
 
 def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) -> Tensor:

@@ -121,6 +121,35 @@ def batch_norm_mode(net: nn.Module, fused: bool, reference: int | None = None) -
             layer.fused, layer.reference = fused, reference
 
 
+class LearnedScale(nn.Module):
+    """A factor that is learned: what cosines are multiplied with before a softmax.
+
+    Args:
+        start: its value before training, above 0.
+
+    Example:
+        >>> scale = LearnedScale(10.0)
+        >>> scale(torch.ones(2)).tolist(), len(list(scale.parameters()))
+        ([10.0, 10.0], 1)
+    """
+
+    # Adam moves every parameter by about its rate a step. At the small rates that suit weights
+    # which have learned elsewhere, the factor would stand still: here it may move so much faster.
+    pace = 100.0
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.start, self.moved = start, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` times the factor."""
+        return self.start * (self.pace * self.moved).exp() * x
+
+    def extra_repr(self) -> str:
+        """The setting, so that a checkpoint knows its learner."""
+        return f"start={self.start:g}"
+
+
 class Conv4(nn.Module):
     """The four-block convolutional network of few-shot learning (Vinyals et al. 2016).
 

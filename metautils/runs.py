@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
-from metautils import data, methods, results
+from metautils import classifier, data, methods, pretrained, results
 from metautils.checkpoint import CHECKPOINT, load_weights
+from metautils.classifier import MODEL
 from metautils.data.bank import ClassBank, Parts
 from metautils.errors import BadArgument
 from metautils.evaluate import evaluate
 from metautils.files import DataError, check_apart, check_folder, read_json, reading, written_at
-from metautils.learners.base import Learner, Method, Preset, Problem
-from metautils.learners.baseline import Baseline
+from metautils.learners.base import WARM_UP, Learner, Method, Preset, Problem, takes_features
 from metautils.learners.protonet import ProtoNet
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
@@ -26,6 +27,8 @@ from metautils.train import meta_train
 QUERIES = 15
 DRAWN = ("glyphs", "omniglot")  # a drawing turned by 90 degrees is a new character; a photo is not
 RECORD = "record.json"
+ON_BODY = 128  # pixels, height and width, of what a pretrained body sees
+VALIDATED = 40  # images a class by which the weights of a body are chosen: each costs milliseconds
 
 
 def train(
@@ -38,6 +41,7 @@ def train(
     seed: int = 0,
     transductive: bool = True,
     device: str | torch.device = "cpu",
+    body: str | None = None,
     validation_episodes: int = 100,
     **changed: float | None,
 ) -> dict[str, Any]:
@@ -52,6 +56,8 @@ def train(
         seed: of the split, the weights and the episodes.
         transductive: whether queries may be normalised by one another.
         device: where to train.
+        body: what learns on, by its name in `metautils.pretrained.body`; None: a small network of
+            the method's own, from scratch.
         validation_episodes: of each validation.
         changed: numbers of the preset to replace, such as `ways=10`; None leaves it.
 
@@ -60,35 +66,43 @@ def train(
 
     Raises:
         DataError: if the data cannot be had, or `out` lies among them.
-        ValueError: if they are too few for the method, or it has no such preset.
+        ValueError: if they are too few for the method, or it has no such preset, or can train no
+            body.
     """
     method, made_by = methods.find(name), results.provenance(torch.device(device))
-    if preset not in method.presets:
-        raise BadArgument(f"{name} has no preset {preset!r}, only {', '.join(method.presets)}.")
+    presets = method.presets if body is None else _on_body(name, method)
+    if preset not in presets:
+        raise BadArgument(f"{name} has no preset {preset!r}, only {', '.join(presets)}.")
     if source not in data.NAMES:
         check_apart(out, Path(source))
-    parts = data.load(source, seed, split)
+    parts = _parts(source, seed, split, body)
     for part, bank in zip(Parts._fields, parts, strict=True):
         if not len(bank):
             raise BadArgument(f"{source} leaves no class for {part}: choose a set with more.")
-    told = _preset(method.presets[preset], changed, len(parts.train))
+    told = _preset(presets[preset], changed, len(parts.train))
     rotations = method.rotations if source in DRAWN else "none"
     asked = method.tests(told.ways, told.shots)
     _settings(_rotated(parts.test, rotations), asked)  # told before the training, not after it
     banks = [_rotated(bank, rotations).to(device) for bank in parts[:2]]
-    learner = _learner(method, banks[0], told.ways, transductive, len(banks[0]), seed).to(device)
-    episodes, choose = _samplers(method, told, banks, rotations == "episode", seed)
+    problem = Problem(banks[0].images.shape[1:], told.ways, len(banks[0]), transductive)
+    learner = _learner(method, problem, seed, body).to(device)
+    if body is not None:
+        banks[1] = banks[1].some(max(VALIDATED, told.shots + told.queries))
+    vary = body is not None and source not in DRAWN
+    episodes, choose = _samplers(method, told, banks, rotations == "episode", seed, vary)
     # The weights and the best ones, two numbers of Adam for each, all this beside the old file.
     check_folder(out, 8 * sum(x.nbytes for x in learner.state_dict().values()))
     before = written_at(out / CHECKPOINT)
     history = meta_train(
         learner, episodes, told.steps, told.lr, choose, validation_episodes,
-        every=max(250, told.steps // 24), out=out, clip=told.clip,
+        every=max(250, told.steps // 24) if body is None else max(1, told.steps // 5),
+        out=out, clip=told.clip, warm_up=None if body is None else WARM_UP, body=body,
     )  # fmt: skip
     finished_before = before == written_at(out / CHECKPOINT)
     record = {
         "method": name,
         "learner": learner.extra_repr(),
+        **({} if body is None else {"body": body}),
         "data": source,
         "tested_on": source,
         "split": split if source == "omniglot" else "classes",
@@ -145,7 +159,7 @@ def evaluate_again(
     # Another split of the same set mixes the classes anew, so it is no other set.
     same = _place(source) == _place(record["data"])
     split = split or ("random" if known == "classes" else known)
-    parts = data.load(source, record["seed"], split)
+    parts = _parts(source, record["seed"], split, record.get("body"))
     digests = record.get("digests", {})
     if same and _known_classes(parts) != digests.get("known_classes", _known_classes(parts)):
         raise DataError(
@@ -153,10 +167,7 @@ def evaluate_again(
             "now: train anew, or test on another set."
         )
     helped = transductive and trained.get("transductive", True)
-    classes = record["classes"]["train"] * (4 if record["rotations"] == "classes" else 1)
-    learner = _learner(method, parts.test, trained["ways"], helped, classes, record["seed"])
-    learner = learner.to(device)
-    load_weights(learner, run / CHECKPOINT)
+    learner = _trained(run, record, parts.test.images.shape[1:], helped).to(device)
     episodes = record["evaluations"][0]["episodes"]
     asked = method.tests(trained["ways"], trained["shots"])
     digest = parts.test.digest
@@ -172,6 +183,39 @@ def evaluate_again(
     out = run / _file_name(source, digest, rotations, transductive)
     results.write(record, out)
     return out
+
+
+def trained_body(run: Path) -> tuple[pretrained.Body, int]:
+    """The body of a training on one, or of a fine-tuning, and the size of its images in pixels.
+
+    Args:
+        run: the folder of either, or the file of a classifier.
+
+    Raises:
+        DataError: if there is none, or it was trained without a body.
+    """
+    file = run if run.is_file() else run / MODEL
+    if file.exists():
+        net = classifier.load(file)
+        return net.body, net.size
+    record = _record(run)
+    if record.get("body") is None:
+        raise DataError(
+            f"{run} holds a small network of its own that knows no photos: train with --body, or "
+            "name the --out folder of a fine-tuning."
+        )
+    learner = _trained(run, record, torch.Size([3, ON_BODY, ON_BODY]), True)
+    return learner.embed[-1], ON_BODY
+
+
+def _trained(run: Path, record: dict[str, Any], image: torch.Size, transductive: bool) -> Learner:
+    """The learner of a training with its weights, for images of a shape."""
+    classes = record["classes"]["train"] * (4 if record["rotations"] == "classes" else 1)
+    problem = Problem(image, record["train"]["ways"], classes, transductive)
+    method = methods.find(record["method"])
+    learner = _learner(method, problem, record["seed"], record.get("body"))
+    load_weights(learner, run / CHECKPOINT)
+    return learner
 
 
 def _place(source: str) -> str | Path:
@@ -210,22 +254,41 @@ def _preset(preset: Preset, changed: dict[str, float | None], classes: int) -> P
     return replace(preset, **{name: x for name, x in changed.items() if x is not None})
 
 
-def _learner(
-    method: Method, bank: ClassBank, ways: int, transductive: bool, classes: int, seed: int
-) -> Learner:
+def _learner(method: Method, problem: Problem, seed: int, body: str | None) -> Learner:
     torch.manual_seed(seed)
-    return method.make(Problem(bank.images.shape[1:], ways, classes, transductive))
+    if body is None:
+        return method.make(problem)
+    return method.on_body(problem, enlarging(pretrained.body(body), ON_BODY))
+
+
+def enlarging(body: pretrained.Body, size: int) -> nn.Sequential:
+    """The body behind a layer that gives all images its size, scaled as it knows them."""
+    way = v2.InterpolationMode(body.interpolation)
+    return nn.Sequential(v2.Resize((size, size), way, antialias=True), body)
+
+
+def _on_body(name: str, method: Method) -> dict[str, Preset]:
+    """The presets of a method that can train a body."""
+    if method.on_body is None:
+        able = [other for other, each in methods.known().items() if each.on_body]
+        raise BadArgument(f"{name} trains no --body: only {', '.join(able)} do.")
+    return method.body_presets
+
+
+def _parts(source: str, seed: int, split: str, body: str | None) -> Parts:
+    """The set; photos of a folder as large as a body sees them."""
+    return data.load(source, seed, split, **({} if body is None else {"size": ON_BODY}))
 
 
 def _samplers(
-    method: Method, preset: Preset, banks: list[ClassBank], turned: bool, seed: int
+    method: Method, preset: Preset, banks: list[ClassBank], turned: bool, seed: int, vary: bool
 ) -> list[EpisodeSampler]:
     """Episodes to learn from, and those of validation classes to choose the weights on."""
     most = 20 if method.any_ways else preset.ways
     sizes = (preset.ways, preset.tasks), (min(most, len(banks[1])), min(preset.tasks, 10))
     return [
-        EpisodeSampler(bank, ways, preset.shots, preset.queries, tasks, turned, seed)
-        for bank, (ways, tasks) in zip(banks, sizes, strict=True)
+        EpisodeSampler(bank, ways, preset.shots, preset.queries, tasks, turned, seed, varied)
+        for bank, (ways, tasks), varied in zip(banks, sizes, (vary, False), strict=True)
     ]
 
 
@@ -262,7 +325,7 @@ def _test(
     settings = _settings(bank, asked)
     queries = min(QUERIES, int(bank.counts.min()) - max(k for _, k in settings))
     # Features cannot be turned, so a test that turns images embeds them anew in every task.
-    once = isinstance(learner, Baseline) and rotations != "episode"
+    once = takes_features(learner) and rotations != "episode"
     trained = learner.on_features(bank) if once else (learner, bank)
     rows = {}
     for name, (each, images) in {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,13 @@ class EpisodeSampler:
         rotate: turn every class of every task by its own random multiple of 90 degrees,
             support and query alike (the protocol of Finn et al. 2017 on Omniglot).
         seed: of the generator.
+        vary: shift each image by up to an eighth of its sides, and mirror half of them: for photos
+            to learn from, not for characters.
 
     Raises:
         ValueError: if the bank has fewer classes than `ways`, a class has fewer images than
-            `shots + queries`, a number is not positive, or `rotate` meets images not square.
+            `shots + queries`, a number is not positive, or `rotate` meets images not square, or
+            `vary` something else than images.
 
     Example:
         >>> bank = ClassBank(torch.rand(60, 1, 8, 8), torch.full((6,), 10), tuple("abcdef"))
@@ -49,6 +52,7 @@ class EpisodeSampler:
         tasks: int = 1,
         rotate: bool = False,
         seed: int = 0,
+        vary: bool = False,
     ) -> None:
         sizes = {"ways": ways, "shots": shots, "queries": queries, "tasks": tasks}
         for name, value in sizes.items():
@@ -65,9 +69,11 @@ class EpisodeSampler:
                 f"Class {bank.names[k]!r} has {int(bank.counts[k])} images but {shots} shots and "
                 f"{queries} queries need {shots + queries}: ask for fewer or drop the class."
             )
+        if vary and bank.images.dim() != 4:
+            raise BadArgument(f"Only images can be varied, not {tuple(bank.images.shape[1:])}.")
         if rotate and (bank.images.dim() != 4 or bank.images.shape[-1] != bank.images.shape[-2]):
             raise BadArgument(f"Rotations need square images, not {tuple(bank.images.shape[1:])}.")
-        self.bank, self.rotate = bank, rotate
+        self.bank, self.rotate, self.vary = bank, rotate, vary
         self.ways, self.shots, self.queries, self.tasks = ways, shots, queries, tasks
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -79,6 +85,7 @@ class EpisodeSampler:
             "seed": self.generator.initial_seed(),
             "bank": self.bank.digest,
             **{name: getattr(self, name) for name in told},
+            **({"vary": True} if self.vary else {}),  # as checkpoints of other trainings have none
         }
 
     def indices(self) -> tuple[Tensor, Tensor]:
@@ -105,7 +112,7 @@ class EpisodeSampler:
         # (tasks, ways, shots) and (tasks, ways, queries), both n below
         for part in rows.split([self.shots, self.queries], dim=2):
             # (tasks, ways * n, ...), in the order of the episode, so that no copy follows
-            x = as_float(self.bank.images[part.flatten(1).to(self.bank.images.device)])
+            x = as_float(self._images(part.flatten(1)))
             each = x.unflatten(1, part.shape[1:])  # a view, (tasks, ways, n, ...)
             for k in range(1, 4 * self.rotate):
                 each[turns == k] = each[turns == k].rot90(k, (-2, -1))  # (classes to turn, n, ...)
@@ -113,6 +120,26 @@ class EpisodeSampler:
             labels = torch.arange(self.ways, device=x.device)[:, None].expand_as(part).flatten(1)
             parts += [x, labels]
         return Episode(*parts, classes)
+
+    def _images(self, rows: Tensor) -> Tensor:
+        """The images of these rows of the bank, `(tasks, n)`, varied where that is asked for."""
+        images = self.bank.images
+        rows = rows.to(images.device)
+        if not self.vary:
+            return images[rows]  # (tasks, n, ...)
+        down, across = (self._shifted(rows.shape, size) for size in images.shape[-2:])
+        mirrored = self._uniform(*rows.shape, 1) < 0.5  # (tasks, n, 1)
+        across = torch.where(mirrored, across.flip(-1), across)  # (tasks, n, width)
+        down, across = down.to(rows.device), across.to(rows.device)
+        # Every pixel by its place: (tasks, n, height, width, channels), then channels in front.
+        x = images[rows[..., None, None], :, down[..., None], across[..., None, :]]
+        return x.movedim(-1, -3)
+
+    def _shifted(self, shape: Sequence[int], size: int) -> Tensor:
+        """Which of `size` pixels stand where an image has moved; its edge is repeated."""
+        most = size // 8
+        shift = torch.randint(-most, most + 1, (*shape, 1), generator=self.generator, device="cpu")
+        return (torch.arange(size, device="cpu") + shift).clamp(0, size - 1)  # (tasks, n, size)
 
     def __iter__(self) -> Iterator[Episode]:
         while True:

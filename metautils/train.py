@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from metautils.checkpoint import CHECKPOINT, Training
 from metautils.data.quadratics import QuadraticSampler
@@ -59,6 +61,8 @@ def meta_train(
     *,
     clip: float | None = None,
     each_piece: bool = False,
+    warm_up: int | None = None,
+    body: str | None = None,
 ) -> History:
     """Train a learner on episodes with Adam, its learning rate decayed to 0 along a cosine.
 
@@ -80,6 +84,10 @@ def meta_train(
         clip: scale meta-gradients down to this norm.
         each_piece: let Adam take a step after each of the learner's `pieces`, as in truncated
             backpropagation, not after the last of an episode only.
+        warm_up: for what has learned elsewhere: AdamW, whose rate rises in so many steps and falls
+            to 0 along a straight line. None: as said above.
+        body: the name of what the learner began with, if it has learned elsewhere: who goes on
+            with a checkpoint must have begun alike.
 
     Raises:
         ValueError: if steps or every is below 1, or the learning rate is not positive.
@@ -103,6 +111,8 @@ def meta_train(
         "lr": lr,
         "clip": clip,
         "each_piece": each_piece,
+        "warm_up": warm_up,
+        "body": body,
         "every": every,
         "learner": f"{type(learner).__name__}({learner.extra_repr()})",
         **episodes.settings,
@@ -124,6 +134,21 @@ def meta_train(
     return run.history
 
 
+def _optimizer(learner: Learner, settings: dict[str, Any]) -> tuple[Optimizer, LRScheduler]:
+    """Adam and a cosine, or AdamW that warms up."""
+    steps, warm_up = settings["steps"], settings["warm_up"]
+    if warm_up is None:
+        adam = Adam(learner.parameters(), settings["lr"])
+        return adam, CosineAnnealingLR(adam, steps)
+    rise = min(warm_up, max(1, steps // 2))
+
+    def share(step: int) -> float:
+        return min((step + 1) / rise, (steps - step) / (steps - rise + 1))
+
+    adam = AdamW(learner.parameters(), settings["lr"])
+    return adam, LambdaLR(adam, share)
+
+
 class _Run:
     """A run of `meta_train`, at some step."""
 
@@ -137,10 +162,7 @@ class _Run:
     ) -> None:
         self.learner, self.episodes, self.validation = learner, episodes, validation
         self.settings = settings
-        self.optimizer = torch.optim.Adam(learner.parameters(), settings["lr"])
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self.optimizer, settings["steps"]
-        )
+        self.optimizer, self.schedule = _optimizer(learner, settings)
         # The same validation episodes every time, so that two steps can be compared.
         self.first = None if validation is None else validation.generator.get_state()
         self.step, self.history, self.clock = 0, History(), time.perf_counter()

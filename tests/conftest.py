@@ -150,7 +150,7 @@ def short_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from helpers import quick_preset, small_glyphs
 
     import metautils.evaluate
-    from metautils import cli, data, runs
+    from metautils import data, runs
     from metautils.learners import baseline, maml, matching_net, meta_lstm, protonet, relation_net
     from metautils.learners.relation_net import RelationModule
     from metautils.nets import Conv4
@@ -159,7 +159,7 @@ def short_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "Conv4", lambda *a, **k: Conv4(*a, **(k | {"width": 4})))
     monkeypatch.setattr(relation_net, "RelationModule", partial(RelationModule, 4))
     monkeypatch.setattr(metautils.evaluate, "IMAGES_AT_ONCE", 100)
-    monkeypatch.setattr(cli.runs, "train", partial(runs.train, validation_episodes=4))
+    monkeypatch.setattr(runs, "train", partial(runs.train, validation_episodes=4))
     quick_preset(monkeypatch, 3, 4, 1, 2, 3)
     monkeypatch.setenv("METAUTILS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("METAUTILS_DATA", raising=False)

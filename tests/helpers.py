@@ -473,7 +473,9 @@ def quick_preset(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
     for name, method in methods.known().items():
         tasks = 1 if method.any_ways else 2
         quick = Preset(steps, ways, shots, queries, tasks, episodes)
-        monkeypatch.setitem(methods.known(), name, replace(method, presets={"quick": quick}))
+        on_body = replace(quick, lr=1e-3, clip=1.0)
+        short = replace(method, presets={"quick": quick}, body_presets={"quick": on_body})
+        monkeypatch.setitem(methods.known(), name, short)
 
 
 def small_glyphs(seed: int = 0) -> Parts:

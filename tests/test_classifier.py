@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import COLOURS, same_weights, tiny_classifier, told_in_one_line, weights_of
 from PIL import Image
@@ -17,7 +18,7 @@ from metautils.classifier import Classifier
 from metautils.classifier import to_test as of_test
 from metautils.classifier import to_train as of_train
 from metautils.evaluate import wilson95
-from metautils.pretrained import Body
+from metautils.pretrained import LITE0, Body
 
 # Images as tensors
 
@@ -43,13 +44,15 @@ def same_pixels(one, other):
     return float(off.max()) < 2.01 and float(off.mean()) < 0.01
 
 
-@pytest.mark.parametrize("kind", ["efficientnet_lite0", "timm:mobilenetv2_100"])
+@pytest.mark.parametrize("kind", [LITE0, "timm:mobilenetv2_100"])
 @pytest.mark.parametrize("picture", ["china.jpg", "flower.jpg"])
 def test_images_are_those_that_timm_tests_a_body_with(kind, picture):
     """Before its normalising, which the body does; to within the rounding of a pixel."""
     net = Classifier(pretrained.body(None, kind), ("a", "b"))
     photo = Image.fromarray(load_sample_image(picture)).resize((400, 300))
-    theirs = create_transform(**resolve_data_config(model=net.body.net))
+    known = "tf_efficientnet_lite0" if kind == LITE0 else kind.removeprefix("timm:")
+    told = timm.get_pretrained_cfg(known).to_dict()
+    theirs = create_transform(**resolve_data_config(pretrained_cfg=told))
     expected = theirs(photo) * net.body.std + net.body.mean
     assert net.body.interpolation == "bicubic"
     assert same_pixels(of_test(net)(photo), expected)

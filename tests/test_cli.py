@@ -24,7 +24,7 @@ from helpers import (
     train,
 )
 
-from metautils import cli, data, results
+from metautils import classifier, cli, data, finetune, results
 from metautils.checkpoint import CHECKPOINT
 from metautils.data.bank import split_classes
 
@@ -202,7 +202,7 @@ def test_out_that_is_a_file(tmp_path, capsys):
 
 def test_bad_images_do_not_stop_the_good_ones(tmp_path, capsys, photos, monkeypatch):
     """Each bad one gets its sentence, and the status tells that there was one."""
-    monkeypatch.setattr(cli.classifier, "load", lambda path: tiny_classifier())
+    monkeypatch.setattr(classifier, "load", lambda path: tiny_classifier())
     good = [str(photos / name / "0.png") for name in ("red", "blue")]
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
@@ -218,7 +218,7 @@ def test_bad_images_do_not_stop_the_good_ones(tmp_path, capsys, photos, monkeypa
 def test_classify_takes_folders_and_writes_a_table(tmp_path, capsys, photos, monkeypatch):
     """A row for each good image, in any number of batches; the bad ones are told at the end."""
     net = tiny_classifier()
-    monkeypatch.setattr(cli.classifier, "load", lambda path: net)
+    monkeypatch.setattr(classifier, "load", lambda path: net)
     folder = tmp_path / "mixed"
     shutil.copytree(photos / "red", folder / "more" / "red")
     shutil.copy(photos / "blue" / "3.png", folder / "name, with a comma.png")
@@ -244,7 +244,7 @@ def test_classify_takes_folders_and_writes_a_table(tmp_path, capsys, photos, mon
 
 
 def test_classify_prints_a_line_for_each_image_of_a_folder(capsys, photos, monkeypatch):
-    monkeypatch.setattr(cli.classifier, "load", lambda path: tiny_classifier())
+    monkeypatch.setattr(classifier, "load", lambda path: tiny_classifier())
     assert cli.main(["classify", "run", str(photos / "red"), "--batch", "3"]) == 0
     told, err = capsys.readouterr()
     assert [line.split(": ")[0] for line in told.splitlines()] == [
@@ -263,7 +263,7 @@ def test_classify_prints_a_line_for_each_image_of_a_folder(capsys, photos, monke
 )
 def test_classify_tells_what_is_wrong_before_any_work(tmp_path, capsys, monkeypatch, more, told):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.classifier, "load", None)
+    monkeypatch.setattr(classifier, "load", None)
     paint(tmp_path / "photos", 2)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -283,7 +283,7 @@ def test_out_of_memory_is_a_sentence_with_flags(tmp_path, capsys, monkeypatch, e
     def full(*arguments, **named):
         raise error
 
-    monkeypatch.setattr(cli.finetune, "run", full)
+    monkeypatch.setattr(finetune, "run", full)
     arguments = ["finetune", "--data", photos, "--out", tmp_path]
     says(capsys, arguments, "not enough memory: give a smaller --batch or --size.")
 
@@ -292,7 +292,7 @@ def test_other_runtime_errors_keep_their_traceback(tmp_path, monkeypatch, photos
     def fault(*arguments, **named):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(cli.finetune, "run", fault)
+    monkeypatch.setattr(finetune, "run", fault)
     with pytest.raises(RuntimeError, match="mat1"):
         cli.main(["finetune", "--data", str(photos), "--out", str(tmp_path)])
 

@@ -118,7 +118,7 @@ def test_told_is_how_this_body_wants_its_images():
 
 
 def test_command_line_exports_and_says_how_to_use_it(tmp_path, net, capsys, monkeypatch):
-    monkeypatch.setattr(cli.classifier, "load", lambda path: net)
+    monkeypatch.setattr(classifier, "load", lambda path: net)
     out = tmp_path / "model.pt2"
     assert cli.main(["export", str(tmp_path), "--out", str(out)]) == 0
     told = capsys.readouterr().out

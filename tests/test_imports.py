@@ -27,6 +27,7 @@ ORDER = (
     ("classifier",),
     ("plots", "report", "export"),
     ("finetune", "runs"),
+    ("recognise",),
     ("cli",),
     ("__main__",),
 )

@@ -12,7 +12,7 @@ from metautils.files import reading
 NAMES = ("glyphs", "omniglot", "digits", "cifar_fs")
 
 
-def load(name: str, seed: int = 0, split: str = "random") -> Parts:
+def load(name: str, seed: int = 0, split: str = "random", **read: int) -> Parts:
     """Load a set by name, or a folder of images by its path.
 
     Args:
@@ -20,6 +20,8 @@ def load(name: str, seed: int = 0, split: str = "random") -> Parts:
             each class.
         seed: of the split; for glyphs, of the alphabets themselves.
         split: of Omniglot, see `metautils.data.omniglot.load`.
+        read: of a folder, how its images are read, such as `size=128`; see
+            `metautils.data.folder.load`.
 
     Raises:
         DataError: if the set cannot be had.
@@ -36,5 +38,5 @@ def load(name: str, seed: int = 0, split: str = "random") -> Parts:
     with reading(Path(name)):
         given = Path(name).is_dir()
     if given:
-        return folder.load(name, seed=seed)
+        return folder.load(name, seed=seed, **read)
     raise BadArgument(f"{name!r} is neither a folder nor one of {', '.join(NAMES)}.")

@@ -98,6 +98,19 @@ class ClassBank:
         attributes = None if self.attributes is None else self.attributes[index]
         return ClassBank(images, self.counts[index], names, attributes)
 
+    def some(self, most: int) -> ClassBank:
+        """So many images of each class at most, evenly spaced among its own: they may be ordered.
+
+        Example:
+            >>> bank = ClassBank(torch.arange(7), torch.tensor([5, 2]), ("many", "few"))
+            >>> bank.some(3).images.tolist()
+            [0, 1, 3, 5, 6]
+        """
+        places = [torch.arange(min(most, n), device="cpu") * n // min(most, n) for n in self.counts]
+        rows = torch.cat([a + b for a, b in zip(self.starts, places, strict=True)])
+        counts = self.counts.clamp(max=most)
+        return replace(self, images=self.images[rows.to(self.images.device)], counts=counts)
+
     def with_rotations(self) -> ClassBank:
         """Four classes for each one: turned by 0, 90, 180 and 270 degrees (Santoro et al. 2016).
 

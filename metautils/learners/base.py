@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Size, Tensor, nn
@@ -56,6 +57,23 @@ class Learner(nn.Module):
         """
         predictions = self(episode.support_x, episode.support_y, episode.query_x)
         yield self.loss(predictions, episode.query_y), predictions, episode.query_y
+
+
+def takes_features(learner: Learner) -> bool:
+    """Whether the learner's answers are those of its `on_features`.
+
+    Not where a subclass has a `forward` of its own, which may look at the images.
+    """
+    kinds = type(learner).__mro__
+    told = next((k for k, x in enumerate(kinds) if "on_features" in vars(x)), len(kinds))
+    return told <= next(k for k, x in enumerate(kinds) if "forward" in vars(x))
+
+
+def without_embedding(learner: Learner) -> Learner:
+    """The same learner, of the same weights, that takes features where it took images."""
+    light = copy.copy(learner)
+    light._modules = {**learner._modules, "embed": nn.Identity()}
+    return light
 
 
 def task_loss(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -172,6 +190,12 @@ class Preset:
     clip: float | None = None
 
 
+# Of methods on a body that has learned elsewhere: few steps at a small rate, which first rises.
+WARM_UP = 30
+_GENTLE = Preset(90, 10, 1, 5, lr=1e-4, clip=1.0)
+ON_BODY = {"quick": _GENTLE, "full": replace(_GENTLE, steps=185)}
+
+
 @dataclass(frozen=True)
 class Method:
     """A method by name: how its learner is made and trained. A learner's file lists its METHODS.
@@ -184,6 +208,9 @@ class Method:
             `"episode"`.
         any_ways: can be tested with other ways than it was trained with.
         any_shots: can be tested with other shots than it was trained with.
+        on_body: the learner for a problem on an embedding `(n, ...)` to `(n, features)` that has
+            learned elsewhere; None where the method needs a network of its own.
+        body_presets: as `presets`, where there is such an embedding.
 
     Example:
         >>> presets = {"quick": Preset(steps=200, ways=20, shots=1, queries=5)}
@@ -198,6 +225,8 @@ class Method:
     rotations: str = "episode"
     any_ways: bool = False
     any_shots: bool = False
+    on_body: Callable[[Problem, nn.Module], Learner] | None = None
+    body_presets: dict[str, Preset] = field(default_factory=lambda: ON_BODY)
 
     def tests(self, ways: int, shots: int) -> tuple[tuple[int, int], ...]:
         """The (ways, shots) that a learner is tested in which was trained with these."""

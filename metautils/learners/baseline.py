@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,15 @@ from torch.nn import functional as F
 from metautils import pretrained
 from metautils.data.bank import ClassBank
 from metautils.episode import Episode
-from metautils.learners.base import Learner, Method, Preset, Problem, ways_of
+from metautils.learners.base import (
+    ON_BODY,
+    Learner,
+    Method,
+    Preset,
+    Problem,
+    ways_of,
+    without_embedding,
+)
 from metautils.learners.protonet import cosine, prototypes
 from metautils.nets import Conv4, features_of
 from metautils.precision import all_digits, single
@@ -19,6 +28,7 @@ from metautils.precision import all_digits, single
 Fit = Callable[[Tensor, Tensor, Tensor], Tensor]
 SCALE = 10.0  # of cosines; without it no class could come near a probability of 1
 STEPS, STEP, DECAY = 100, 0.1, 1e-3  # of fitting a head by gradient descent with momentum
+RIDGE = 0.3  # how strongly the weights of a least-squares fit are held towards 0
 
 
 class CosineHead(nn.Linear):
@@ -82,6 +92,19 @@ def cosine_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     start = F.normalize(prototypes(support, labels), dim=-1)
     weight = _fitted(start, support, labels, lambda x, w: SCALE * x @ F.normalize(w, dim=-1).mT)
     return SCALE * query @ F.normalize(weight, dim=-1).mT  # (tasks, Q, d) @ (tasks, d, ways)
+
+
+def ridge_head(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+    """Logits of a least-squares fit of the labels, 1 or 0 for each class, held towards 0.
+
+    Arguments and result as of `nearest_centroid`. On features of length 1, solved exactly, by one
+    equation for each support image as in R2-D2 (Bertinetto et al. 2019).
+    """
+    support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
+    targets = F.one_hot(labels, ways_of(labels)).to(support)  # (tasks, S, ways)
+    held = support @ support.mT + RIDGE * torch.eye(support.shape[1]).to(support)  # (tasks, S, S)
+    # (tasks, Q, S) @ (tasks, S, ways)
+    return SCALE * (query @ support.mT) @ torch.linalg.solve(held, targets)
 
 
 def _fitted(
@@ -154,7 +177,7 @@ class Baseline(Learner):
         Puts this learner into evaluation mode.
         """
         self.eval()
-        return Baseline(nn.Identity(), nn.Identity(), self.fit), bank.map(self.embed)
+        return without_embedding(self), bank.map(self.embed)
 
     def extra_repr(self) -> str:
         """The settings, so that a checkpoint knows its learner."""
@@ -180,6 +203,13 @@ def _on_resnet50(problem: Problem) -> Baseline:
     return Baseline(larger, nn.Linear(body.features, problem.classes), nearest_centroid)
 
 
+def _on_body(problem: Problem, embed: nn.Module) -> Baseline:
+    """A body that has learned elsewhere, with a head for the training classes."""
+    return Baseline(
+        embed, CosineHead(features_of(embed, problem.image), problem.classes), cosine_head
+    )
+
+
 _PRESETS = {"quick": Preset(200, 64, 1, 1), "full": Preset(1250, 64, 1, 5, episodes=1000)}
 _ANY = {"rotations": "classes", "any_ways": True, "any_shots": True}
 METHODS = {
@@ -187,7 +217,15 @@ METHODS = {
         "Classifier, nearest centroid", _on_conv4(nearest_centroid), _PRESETS, **_ANY
     ),
     "baseline": Method("Baseline", _on_conv4(linear_head), _PRESETS, **_ANY),
-    "baseline_pp": Method("Baseline++", _on_conv4(cosine_head, CosineHead), _PRESETS, **_ANY),
+    "baseline_pp": Method(
+        "Baseline++",
+        _on_conv4(cosine_head, CosineHead),
+        _PRESETS,
+        **_ANY,
+        on_body=_on_body,
+        # As many images a step as the others, of more classes.
+        body_presets={name: replace(x, ways=30, queries=1) for name, x in ON_BODY.items()},
+    ),
     "resnet50": Method(
         "ResNet-50 classifier, nearest centroid",
         _on_resnet50,

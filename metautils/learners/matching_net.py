@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metautils.learners.base import Learner, Method, Preset, ways_of
-from metautils.nets import Conv4
+from metautils.data.bank import ClassBank
+from metautils.learners.base import Learner, Method, Preset, ways_of, without_embedding
+from metautils.nets import Conv4, LearnedScale
 from metautils.precision import all_digits, single
 
 
@@ -20,6 +21,7 @@ class MatchingNet(Learner):
         embed: f and g in one, a network `(n, ...)` to `(n, dimensions)`.
         scale: what cosines are multiplied with before the softmax. The paper has 1, and then no
             answer can be more certain than e^2 : 1.
+        learned: learn it, from there.
 
     Raises:
         ValueError: if scale is not above 0.
@@ -31,11 +33,12 @@ class MatchingNet(Learner):
         torch.Size([2, 10, 5])
     """
 
-    def __init__(self, embed: nn.Module, scale: float = 1.0) -> None:
+    def __init__(self, embed: nn.Module, scale: float = 1.0, learned: bool = False) -> None:
         super().__init__()
         if not scale > 0:
             raise ValueError(f"scale is {scale}; it must be above 0.")
         self.embed, self.scale = embed, scale
+        self.learned = LearnedScale(scale) if learned else None
 
     def attention(self, support: Tensor, query: Tensor) -> Tensor:
         """Logarithms of the weights, `(tasks, Q, S)`, from features `(tasks, _, d)`."""
@@ -43,7 +46,8 @@ class MatchingNet(Learner):
         with all_digits(query.device):
             # (tasks, Q, d) @ (tasks, d, S)
             cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
-            return (self.scale * cosines).log_softmax(-1)
+            scaled = self.scale * cosines if self.learned is None else self.learned(cosines)
+            return scaled.log_softmax(-1)
 
     def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
         """Log-probabilities `(tasks, Q, ways)`; classes as in `ways_of`."""
@@ -58,9 +62,17 @@ class MatchingNet(Learner):
         # (tasks, Q, 1, S) to (tasks, Q, ways, S) to (tasks, Q, ways)
         return weights[:, :, None].masked_fill(others, -torch.inf).logsumexp(-1)
 
+    def on_features(self, bank: ClassBank) -> tuple[MatchingNet, ClassBank]:
+        """The same answers at less cost: a learner of features, and the features of all images.
+
+        Puts this learner into evaluation mode.
+        """
+        self.eval()
+        return without_embedding(self), bank.map(self.embed)
+
     def extra_repr(self) -> str:
         """The setting, so that a checkpoint knows its learner."""
-        return f"scale={self.scale}"
+        return f"scale={self.scale}" + (", learned" if self.learned else "")
 
 
 METHODS = {
@@ -72,5 +84,6 @@ METHODS = {
         rotations="classes",
         any_ways=True,
         any_shots=True,
+        on_body=lambda problem, embed: MatchingNet(embed, 10.0, learned=True),
     )
 }

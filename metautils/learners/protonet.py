@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metautils.data.bank import NUMBERS_AT_ONCE
+from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.errors import BadArgument
-from metautils.learners.base import Learner, Method, Preset, ways_of
-from metautils.nets import Conv4
+from metautils.learners.base import Learner, Method, Preset, ways_of, without_embedding
+from metautils.nets import Conv4, LearnedScale
 from metautils.precision import single
 
 
@@ -69,6 +69,32 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return 1 - _of_pairs(torch.mul, F.normalize(a, dim=-1), F.normalize(b, dim=-1))
 
 
+class ScaledCosine(nn.Module):
+    """`cosine` times a factor that is learned.
+
+    Cosines alone differ by 2 at most, and no softmax of them is certain of anything (Oreshkin et
+    al. 2018, TADAM).
+
+    Args:
+        start: the factor before training.
+
+    Example:
+        >>> ScaledCosine()(torch.ones(1, 1, 4), torch.eye(4)[None, :2])  # 10 (1 - 1/2)
+        tensor([[[5., 5.]]], grad_fn=<MulBackward0>)
+    """
+
+    def __init__(self, start: float = 10.0) -> None:
+        super().__init__()
+        self.scale = LearnedScale(start)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of all pairs: `(tasks, A, d)` and `(tasks, B, d)` to `(tasks, A, B)`."""
+        return self.scale(cosine(a, b))
+
+    def __repr__(self) -> str:
+        return f"ScaledCosine(start={self.scale.start:g})"
+
+
 def _of_pairs(term: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
     """The sum over d of `term(a, b)` for all pairs, `(tasks, A, B)`."""
     rows = max(1, NUMBERS_AT_ONCE // max(1, b.numel()))
@@ -114,6 +140,14 @@ class ProtoNet(Learner):
         support, query = features[:, :shots], features[:, shots:]  # (tasks, S, d) and (tasks, Q, d)
         return -self.distance(query, prototypes(support, support_y))
 
+    def on_features(self, bank: ClassBank) -> tuple[ProtoNet, ClassBank]:
+        """The same answers at less cost: a learner of features, and the features of all images.
+
+        Puts this learner into evaluation mode.
+        """
+        self.eval()
+        return without_embedding(self), bank.map(self.embed)
+
     def extra_repr(self) -> str:
         """The setting, so that a checkpoint knows its learner."""
         return f"distance={getattr(self.distance, '__name__', self.distance)}"
@@ -128,5 +162,6 @@ METHODS = {
         rotations="classes",
         any_ways=True,
         any_shots=True,
+        on_body=lambda problem, embed: ProtoNet(embed, ScaledCosine()),
     )
 }
