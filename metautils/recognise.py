@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -31,7 +31,8 @@ PLAIN = {"names": list, "digests": list, "photos": Tensor, "strangers": Tensor}
 KINDS = {"body": str, "weights": str, "size": int, "head": str, **PLAIN}  # in a file
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True)
+class Answer:
     """What a photo was taken for.
 
     Attributes:
