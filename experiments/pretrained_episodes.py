@@ -94,15 +94,23 @@ def on_body(
         )  # fmt: skip
         return learner, history.seconds / 60
 
-    def score(learner: Learner) -> list[Evaluation]:
-        return evaluate(*learner.on_features(test), settings, 15, episodes)
+    def score(learner: Learner) -> dict[str, list[Evaluation]]:
+        """Its answers, and those of class means on its body where it gives others."""
+        each, features = learner.on_features(test)
+        scores = {"": evaluate(each, features, settings, 15, episodes)}
+        if isinstance(each, Baseline):
+            each.fit = nearest_centroid
+            scores["; nearest centroid"] = evaluate(each, features, settings, 15, episodes)
+        return scores
 
     found, minutes = {}, {}
     for name in trained:
         runs = [learned(name, seed) for seed in seeds]
-        title = f"{methods.known()[name].title}, episodes on the body"
-        minutes[title] = sum(m for _, m in runs) / len(runs)
-        found[title] = [score(learner) for learner, _ in runs]
+        scores = [score(learner) for learner, _ in runs]
+        for how in scores[0]:
+            title = methods.known()[name].title + how
+            minutes[title] = sum(m for _, m in runs) / len(runs)
+            found[title] = [each[how] for each in scores]
     began = time.perf_counter()
     features = test.map(embed().eval())
     seconds = time.perf_counter() - began
