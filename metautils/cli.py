@@ -10,12 +10,16 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from metautils.errors import BadArgument, ReaderError
 from metautils.files import DataError, check_file, save_text
 from metautils.progress import progress_bar
+
+if TYPE_CHECKING:
+    from metautils.pretrained import Body
 
 # A command imports what it needs itself: all of it together takes seconds, which nobody should wait
 # for who wants an answer on one photo.
@@ -104,14 +108,28 @@ def classify(args: argparse.Namespace) -> int:
     return max([_told(error) for error in bad], default=0)
 
 
-def export_run(args: argparse.Namespace) -> None:
-    """Write the classifier of a fine-tuning as a file for other programs: .onnx or .pt2."""
+def export_file(args: argparse.Namespace) -> None:
+    """Write a fine-tuned classifier, or remembered things, for other programs: .onnx or .pt2."""
     from metautils import classifier, export
+    from metautils.recognise import load
 
-    net = classifier.load(args.run / classifier.MODEL)
-    export.export(net, args.out)
-    print(f"{args.out} gives the probabilities of {', '.join(net.classes)}.")
-    print(f"Its images: {export.told(net)['images']}.")
+    if args.made.is_file():
+        made, gives = load(args.made, _body_of(args.run)[0]), "scores"
+    else:
+        made, gives = classifier.load(args.made / classifier.MODEL), "probabilities"
+    notes = export.told(made)
+    export.export(made, args.out)
+    print(f"{args.out} gives the {gives} of {', '.join(made.classes)}.")
+    print(f"Its images: {notes['images']}.")
+
+
+def _body_of(run: Path | None) -> tuple[Body | None, int | None]:
+    """The body of a training and the size of its images, or None twice."""
+    if run is None:
+        return None, None
+    from metautils import runs  # which brings all methods with it
+
+    return runs.trained_body(run)
 
 
 def recognise(args: argparse.Namespace) -> int:
@@ -122,11 +140,7 @@ def recognise(args: argparse.Namespace) -> int:
     if args.save:
         check_file(args.save, 1 << 20)
     files = [file for name in args.images for file in tree.images_in(name)]
-    body, size = args.body, None
-    if args.run:
-        from metautils import runs  # which brings all methods with it
-
-        body, size = runs.trained_body(args.run)
+    body, size = _body_of(args.run) if args.run else (args.body, None)
     things = remembered(args.support, args.strangers, body, size, args.head, args.device)
     if args.save:
         things.save(args.save)
@@ -322,7 +336,10 @@ def _recognise_arguments(one: argparse.ArgumentParser) -> None:
 
 
 def _export_arguments(away: argparse.ArgumentParser) -> None:
-    away.add_argument("run", type=Path, help="the --out folder of a fine-tuning")
+    away.add_argument(
+        "made", type=Path, help="the --out folder of a fine-tuning, or the file of recognise --save"
+    )
+    away.add_argument("--run", type=Path, help="the training whose body the things were seen by")
     away.add_argument("--out", type=Path, required=True, help="a file that ends in .onnx or .pt2")
 
 
@@ -352,7 +369,7 @@ COMMANDS = {
     "finetune": (finetune_folder, _finetune_arguments, "give a smaller --batch or --size"),
     "classify": (classify, _classify_arguments, "give a smaller --batch or smaller images"),
     "recognise": (recognise, _recognise_arguments, "give smaller images"),
-    "export": (export_run, _export_arguments, "close other programs"),
+    "export": (export_file, _export_arguments, "close other programs"),
     "results": (page, _no_arguments, "close other programs"),
 }
 

@@ -190,6 +190,10 @@ class Recogniser:
         """Of each class, `(n, classes)`, for features `(n, d)`."""
         return self._scores(range(len(self.names)), features)
 
+    def seen_by(self) -> Classifier:
+        """The body and size, as a classifier of the classes has them; its head is not used."""
+        return Classifier(self.body, self.classes or ["any"], self.size)
+
     @property
     def threshold(self) -> float:
         """Above which score a photo is of a class, by what is remembered alone."""
@@ -236,7 +240,7 @@ class Recogniser:
     @torch.no_grad()
     def _look(self, photos: Sequence[Photo]) -> tuple[Tensor, list[str]]:
         """Features of photos, and a digest of what the body saw of each."""
-        see = to_test(Classifier(self.body, ["any"], self.size))
+        see = to_test(self.seen_by())
         seen = read_each(lambda photo: see(read_rgb(photo)), photos)  # (3, size, size) each
         rows = [torch.zeros(0, self.body.features)]
         for start in range(0, len(seen), BATCH):
@@ -267,7 +271,7 @@ def load(path: str | Path, body: pretrained.Body | str | Path | None = None) -> 
     """
     told = load_safely(Path(path))
     if not isinstance(told, dict) or not all(isinstance(told.get(x), KINDS[x]) for x in KINDS):
-        raise DataError(f"{path} holds no remembered things: name a file that was written here.")
+        raise DataError(f"{path} holds no remembered things: name a file of `recognise --save`.")
     made = Recogniser(told["body"] if body is None else body, told["head"], told["size"])
     if _weights(made.body) != told["weights"]:
         raise DataError(

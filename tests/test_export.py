@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from metautils import classifier, cli, export, pretrained
 from metautils.errors import BadArgument
 from metautils.files import DataError
+from metautils.recognise import Recogniser
 
 NEEDS_ONNX = pytest.mark.skipif(
     "dynamo" not in inspect.signature(torch.onnx.export).parameters
@@ -51,11 +52,11 @@ def ours(net, pictures):
     return found.numpy()
 
 
-def by_onnxruntime(path, images):
+def by_onnxruntime(path, images, output="probabilities"):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (answers,) = session.run(["probabilities"], {"images": images.numpy()})
+    (answers,) = session.run([output], {"images": images.numpy()})
     return answers, session.get_modelmeta().custom_metadata_map
 
 
@@ -159,3 +160,65 @@ def test_onnx_without_its_packages_is_a_sentence(tmp_path, net, monkeypatch):
     with pytest.raises(BadArgument, match=r"needs torch 2\.5 or newer, and this is .*\.pt2"):
         export.export(net, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+# A recogniser
+
+
+@pytest.fixture
+def things(pictures):
+    """Three classes of two pictures each, and one of one."""
+    torch.manual_seed(0)
+    made = Recogniser(tiny_body(), size=16)
+    made.remember(pictures, ["a", "a", "b", "b", "c", "c", "d"])
+    return made
+
+
+@pytest.mark.parametrize("head", ["centroid", "ridge"])
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=NEEDS_ONNX), ".pt2"])
+def test_recogniser_gives_its_scores(tmp_path, things, pictures, head, suffix):
+    things.head = head
+    expected = things.scores(things.features(pictures)).numpy()
+    assert expected.std(0).max() > 0.02
+    images = cut_out(things.seen_by(), pictures)
+    path = tmp_path / f"things{suffix}"
+    export.export(things, path)
+    for count in (7, 1):
+        if suffix == ".onnx":
+            answers, told = by_onnxruntime(path, images[:count], "scores")
+        else:
+            held = {"classifier.json": ""}
+            answers = torch.export.load(path, extra_files=held).module()(images[:count]).detach()
+            told = json.loads(held["classifier.json"])
+        close(answers, expected[:count])
+    assert json.loads(told["classes"]) == things.classes
+    assert float(told["threshold"]) == things.threshold
+
+
+def test_command_exports_remembered_things(tmp_path, things, capsys, monkeypatch):
+    things.save(tmp_path / "things.pt")
+    monkeypatch.setattr(pretrained, "body", lambda *a: things.body)
+    out = tmp_path / "things.pt2"
+    assert cli.main(["export", str(tmp_path / "things.pt"), "--out", str(out)]) == 0
+    assert f"{out} gives the scores of a, b, c, d." in capsys.readouterr().out
+    assert out.exists()
+
+
+def test_command_exports_nothing_of_another_body(tmp_path, things, capsys, monkeypatch):
+    things.save(tmp_path / "things.pt")
+    monkeypatch.setattr(pretrained, "body", lambda *a: tiny_body(seed=5))
+    out = tmp_path / "things.pt2"
+    assert cli.main(["export", str(tmp_path / "things.pt"), "--out", str(out)]) == 2
+    assert "was made with other weights" in capsys.readouterr().err
+    classifier.Classifier(tiny_body(seed=3), ["a"], 16).save(tmp_path / "run" / "model.pt")
+    assert cli.main(["export", str(tmp_path / "run/model.pt"), "--out", str(out)]) == 2
+    assert "model.pt holds no remembered things" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_recogniser_of_one_class_is_told(tmp_path, pictures):
+    made = Recogniser(tiny_body(), size=16)
+    made.remember(pictures[:2], ["a", "a"])
+    with pytest.raises(BadArgument, match="give two or more, or one and --strangers"):
+        export.export(made, tmp_path / "things.pt2")
+    assert not (tmp_path / "things.pt2").exists()
