@@ -23,6 +23,7 @@ from metautils.data.bank import Parts
 from metautils.evaluate import Evaluation, evaluate
 from metautils.learners.base import ON_BODY, WARM_UP, Learner, Problem
 from metautils.learners.baseline import Baseline, nearest_centroid, ridge_head
+from metautils.nets import Conv4
 from metautils.runs import DRAWN, VALIDATED, enlarging
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
@@ -72,7 +73,7 @@ def on_body(
     def embed() -> nn.Module:
         return enlarging(pretrained.body(body), size).to(device)
 
-    def learned(name: str, seed: int) -> tuple[Learner, float]:
+    def learned(name: str, seed: int, scratch: bool = False) -> tuple[Learner, float]:
         """A learner after its training, and the minutes that this took."""
         method = methods.known()[name]
         preset = method.body_presets["full"]
@@ -80,7 +81,8 @@ def on_body(
         torch.manual_seed(seed)
         n = min(ways.get(name, preset.ways), len(banks[0]))
         problem = Problem(banks[0].images.shape[1:], n, len(banks[0]))
-        learner = method.on_body(problem, embed()).to(device)
+        net = Conv4(problem.image[0]) if scratch else embed()
+        learner = method.on_body(problem, net).to(device)
         varied = source not in DRAWN
         learn = EpisodeSampler(
             banks[0], n, preset.shots, preset.queries, preset.tasks, seed=seed, vary=varied
@@ -88,9 +90,9 @@ def on_body(
         few = banks[1].some(VALIDATED)
         choose = EpisodeSampler(few, min(5, n, len(few)), preset.shots, preset.queries, seed=seed)
         history = meta_train(
-            learner, learn, steps, preset.lr, choose, min(100, episodes),
-            every=max(1, steps // 5), out=out / f"{name}-{seed}",
-            clip=preset.clip, warm_up=WARM_UP,
+            learner, learn, steps, 1e-3 if scratch else preset.lr, choose, min(100, episodes),
+            every=max(1, steps // 5), out=out / f"{name}-{seed}{'-scratch' * scratch}",
+            clip=preset.clip, warm_up=None if scratch else WARM_UP,
         )  # fmt: skip
         return learner, history.seconds / 60
 
@@ -104,11 +106,11 @@ def on_body(
         return scores
 
     found, minutes = {}, {}
-    for name in trained:
-        runs = [learned(name, seed) for seed in seeds]
+    for name, scratch in [*((name, False) for name in trained), (trained[0], True)]:
+        runs = [learned(name, seed, scratch) for seed in seeds]
         scores = [score(learner) for learner, _ in runs]
         for how in scores[0]:
-            title = methods.known()[name].title + how
+            title = methods.known()[name].title + how + "; Conv-4 from scratch" * scratch
             minutes[title] = sum(m for _, m in runs) / len(runs)
             found[title] = [each[how] for each in scores]
     began = time.perf_counter()
