@@ -25,9 +25,8 @@ ORDER = (
     ("methods",),
     ("results",),
     ("classifier",),
-    ("plots", "report", "export"),
-    ("finetune", "runs"),
-    ("recognise",),
+    ("plots", "report", "recognise"),
+    ("finetune", "runs", "export"),
     ("cli",),
     ("__main__",),
 )
