@@ -57,7 +57,7 @@ def known() -> dict[str, Experiment]:
     found: dict[str, Experiment] = {}
     for path in sorted(HERE.glob("*.py")):
         if path.stem != "records":
-            found |= importlib.import_module(path.stem).EXPERIMENTS
+            found |= getattr(importlib.import_module(path.stem), "EXPERIMENTS", {})
     return dict(sorted(found.items(), key=lambda item: len(item[1].after)))
 
 

@@ -238,7 +238,7 @@ def log_sign(x: Tensor, p: float = 10.0) -> Tensor:
     Shapes:
         `(n,)` to `(2, n)`.
     """
-    large = x.abs() >= torch.exp(torch.tensor(-p, device=x.device))
+    large = x.abs() >= x.new_full((), -p).exp()
     safe = torch.where(large, x, 1.0)
     size = torch.where(large, safe.abs().log() / p, -1.0)
     return torch.stack([size, torch.where(large, x.sign(), torch.e**p * x)])

@@ -57,11 +57,7 @@ class MetaLSTMCell(nn.Module):
     ) -> tuple[Named, dict]:
         """Inner step number `k`, counted from 0: new parameters and state."""
         g, c = coordinates({name: gradients[name] for name in phi}, k), coordinates(phi)
-        if not bool(loss.detach().isfinite()):
-            raise Diverged(
-                f"The inner loss is not finite at inner step {k + 1}: look for bad values in the "
-                "inputs or targets, or make fewer or smaller steps."
-            )
+        check_loss(loss, k)
         check_memory(state, len(g), k)
         # (2, n), twice: (4, n)
         seen = torch.cat([log_sign(g), log_sign(loss[None]).expand(2, len(g))])
@@ -71,6 +67,15 @@ class MetaLSTMCell(nn.Module):
         i = _gate(self.W_I, self.b_I, h1, c, state.get("i", zeros))
         new = f * c - i * g  # (n,)
         return named(new, phi), {"h1": h1, "c1": c1, "f": f, "i": i}
+
+
+def check_loss(loss: Tensor, k: int) -> None:
+    """Stop where the inner loss is no number."""
+    if not bool(loss.detach().isfinite()):
+        raise Diverged(
+            f"The inner loss is not finite at inner step {k + 1}: look for bad values in the "
+            "inputs or targets, or make fewer or smaller steps."
+        )
 
 
 class MetaLSTM(MAML):
