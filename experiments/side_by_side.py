@@ -28,8 +28,9 @@ from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
 
 CHUNK = 200  # steps whose episodes are drawn at once
-AT_ONCE = 4  # replays that are sent to the GPU together
-WARM_UP = 3  # steps before a graph is recorded
+AT_ONCE = 4  # replays of a short step that are sent to the GPU together
+SHORT = 3e-3  # seconds; a longer one is sent when the last is done, for else the sender has to wait
+WARM_UP = 3  # steps before a graph is recorded, and after it, to see how long it takes
 
 
 class Training:
@@ -152,8 +153,13 @@ class Training:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):
             self.step()
-        torch.cuda.synchronize()
-        self.count, self.started = WARM_UP, time.monotonic()
+        for _ in range(WARM_UP):
+            began = time.monotonic()
+            with torch.cuda.stream(self.stream):
+                self.graph.replay()
+            self.stream.synchronize()
+        self.at_once = AT_ONCE if time.monotonic() - began < SHORT else 1
+        self.count = self.first = 2 * WARM_UP
         self.event.record(self.stream)
 
     def replay(self, pool: ThreadPoolExecutor, until: float) -> None:
@@ -163,9 +169,9 @@ class Training:
                 for x, new in zip(self.chunk, self.next.result(), strict=True):
                     x.copy_(new)
                 self.fit(until)
-            if self.count % CHUNK < AT_ONCE or not hasattr(self, "next"):
+            if self.count % CHUNK == 0 or self.count == self.first:
                 self.next = pool.submit(self.draw)
-            left = min(self.steps - self.count, CHUNK - self.count % CHUNK, AT_ONCE)
+            left = min(self.steps - self.count, CHUNK - self.count % CHUNK, self.at_once)
             for _ in range(left):
                 self.graph.replay()
             self.count += left
@@ -174,7 +180,7 @@ class Training:
     def fit(self, until: float) -> None:
         """Plan for as many steps as there will be time for, and no more than were asked for."""
         now = time.monotonic()
-        more = (self.count - WARM_UP) / (now - self.started) * (until - now)
+        more = (self.count - self.first) / (now - self.started) * (until - now)
         self.plan(int(self.count + more))
 
 
@@ -208,6 +214,8 @@ def _on_gpu(
 ) -> None:
     for each in trainings:
         each.record()
+    for each in trainings:
+        each.started = time.monotonic()
     active = list(trainings)
     with ThreadPoolExecutor(8) as pool:
         while active:
