@@ -80,7 +80,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     return {
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a class of its own, which no file may hold
         "commit": _commit(),
     }
 
