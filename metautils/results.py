@@ -210,19 +210,31 @@ def page() -> str:
               r["seed"], r["steps"], r["minutes"], _both(r, "{device}, {threads} threads"),
               _both(r, "{torch}"), _both(r, "`{commit}`")] for k, r in found.items()],
         ),
-        "## Learners that compare",
-        *map(_measured, sorted(folder().glob("compare_*.json"))),
-        "## Learned optimisers",
-        *map(_measured, sorted(folder().glob("optimizer_*.json"))),
-        "## Fine-tuning",
-        *map(_measured, sorted(folder().glob("finetune_*.json"))),
-        *map(_measured, sorted(folder().glob("transfer_*.json"))),
-        "## Inside the networks",
-        *map(_measured, sorted(folder().glob("inside_*.json"))),
-        "## Speed",
-        *map(_measured, sorted(folder().glob("speed_*.json"))),
+        *_measurements(),
     ]  # fmt: skip
     return "\n\n".join(parts)
+
+
+# By how the names of the records begin; what is under no other heading is under the last.
+SECTIONS = {
+    "At full scale": ("full_scale_",),
+    "Learners that compare": ("compare_",),
+    "Learned optimisers": ("optimizer_",),
+    "Bodies that have learned elsewhere": ("finetune_", "transfer_", "pretrained_"),
+    "Speed": ("speed_",),
+    "Inside the methods": ("",),
+}
+
+
+def _measurements() -> list[str]:
+    """Every record of tables, under its heading."""
+    left = [p for p in sorted(folder().glob("*.json")) if "tables" in _load(p)]
+    parts = []
+    for heading, begins in SECTIONS.items():
+        under = [path for path in left if path.name.startswith(begins)]
+        left = [path for path in left if path not in under]
+        parts += [f"## {heading}", *map(_measured, under)] if under else []
+    return parts
 
 
 def _both(record: dict[str, Any], told: str) -> str:
@@ -239,7 +251,7 @@ def tables(name: str) -> dict[str, str]:
 
 def _measured(path: Path) -> str:
     r = _load(path)
-    where = f"{r['device']}, torch {r['torch']}, {r['threads']} thread(s), commit `{r['commit']}`"
+    where = _both(r, "{device}, torch {torch}, {threads} thread(s), commit `{commit}`")
     parts = [f"**{title}**\n\n{each}" for title, each in tables(path.stem).items()]
     return "\n\n".join([f"{r['what']}; {where}.", *parts])
 

@@ -263,6 +263,11 @@ def test_page_of_the_repository():
     assert sound_tables(page) >= 2
     for name in results.records():
         assert f"`{name}`" in page
+    measured = [json.loads(path.read_text()) for path in results.folder().glob("*.json")]
+    measured = [each for each in measured if "tables" in each]
+    assert len(measured) >= 20
+    for each in measured:
+        assert page.count(f"{each['what']}; {results.trained_by(each)['device']}") == 1
 
 
 def test_repository_records_are_whole():
