@@ -25,7 +25,6 @@ from metautils.learners.anil import ANIL
 from metautils.learners.base import Learner, Problem
 from metautils.learners.maml import FOMAML, MAML, on_strided_conv4
 from metautils.learners.meta_sgd import MetaSGD
-from metautils.nets import BatchNorm, Conv4, classifier, features_of
 from metautils.sampling import EpisodeSampler
 from records import RUNS, Experiment
 from side_by_side import Training, train
@@ -40,11 +39,7 @@ def learner_of(arm: dict[str, Any], problem: Problem, seed: int) -> Learner:
     kind, how = arm["learner"], arm.get("options", {})
     if kind in COMPARE:
         return methods.known()[COMPARE[kind]].make(problem)
-    if not arm.get("pooled"):
-        return on_strided_conv4(KINDS[kind], **how)(problem)
-    body = Conv4(problem.image[0], norm=BatchNorm)
-    net = classifier(body, features_of(body, problem.image), problem.ways)
-    return KINDS[kind](net, **how, transductive=problem.transductive)
+    return on_strided_conv4(KINDS[kind], **how)(problem)
 
 
 def trainings_of(
@@ -55,7 +50,7 @@ def trainings_of(
     for name, arm in arms.items():
         ways, shots, queries, tasks = (arm[x] for x in ("ways", "shots", "queries", "tasks"))
         turned = arm.get("rotations") == "episode"
-        bank = parts.train.with_rotations() if arm.get("rotations") == "classes" else parts.train
+        bank = parts.train
         problem = Problem(bank.images.shape[1:], ways, len(bank))
         for seed in seeds:
             path = file_of(out, name, seed)
@@ -200,15 +195,7 @@ OMNIGLOT = {
     "ANIL 5w1s": _maml("ANIL", 5, 1, 0.4, 1, 3, steps=10000),
     "Meta-SGD 5w1s": _maml("Meta-SGD", 5, 1, 0.4, 1, 1, steps=10000),
 }
-PHOTOS = {
-    "pooled": True, "rotations": "none", "vary": True, "tasks": 4, "lr": 1e-3, "clip": 10.0,
-}  # fmt: skip
-CIFAR_FS = {
-    f"{kind} {shots}-shot": _compares(kind, shots) for kind in COMPARE for shots in (1, 5)
-} | {
-    "MAML 5w1s": _maml("MAML", 5, 1, 0.5, 3, 5, **PHOTOS, steps=12000),
-    "MAML 5w5s": _maml("MAML", 5, 5, 0.5, 3, 5, **PHOTOS, steps=6000),
-}
+CIFAR_FS = {f"{kind} {shots}-shot": _compares(kind, shots) for kind in COMPARE for shots in (1, 5)}
 _TINY = {"ways": 3, "queries": 1, "tasks": 1, "steps": 2}
 
 
