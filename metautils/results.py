@@ -214,6 +214,8 @@ def page() -> str:
         *map(_measured, sorted(folder().glob("compare_*.json"))),
         "## Learned optimisers",
         *map(_measured, sorted(folder().glob("optimizer_*.json"))),
+        "## Training tasks",
+        *map(_measured, sorted(folder().glob("tasks_*.json"))),
         "## Fine-tuning",
         *map(_measured, sorted(folder().glob("finetune_*.json"))),
         *map(_measured, sorted(folder().glob("transfer_*.json"))),
