@@ -37,7 +37,6 @@ SMALL: dict[str, dict[str, str]] = {
         "5, 100)": "5, 20)",
         "range(50)": "range(2)",
         "(32, 300)": "(8, 8)",
-        "range(200)": "range(3)",
     },
     "02_maml": {
         "curves=2300, family=400": "curves=3, family=3",
