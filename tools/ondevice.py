@@ -35,8 +35,6 @@ SMALL: dict[str, dict[str, str]] = {
         "10, 100, 600, 99": "10, 100, 6, 99",
         "episodes, 60,": "episodes, 3,",
         "5, 100)": "5, 20)",
-        "range(50)": "range(2)",
-        "(32, 300)": "(8, 8)",
     },
     "02_maml": {
         "curves=2300, family=400": "curves=3, family=3",
