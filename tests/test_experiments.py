@@ -19,6 +19,7 @@ from metautils.runs import RECORD
 sys.path.insert(0, str(ROOT / "experiments"))
 import recipes
 import records
+import tasks
 
 EXPERIMENTS = records.known()
 
@@ -142,6 +143,19 @@ def test_statistics_of_the_grid_move_where_they_should(place, body):
     recipes.trained(body, split, recipe, False, recipes.PLAIN)
     assert not torch.equal(body.body.net[1].running_mean, before)
     assert body.body.fixed and len(kept["right"]) == len(split.test)
+
+
+def test_a_training_that_diverged_counts_as_the_worst():
+    assert tasks.spread([3.0, 1.0, None]) == (1.0, 3.0, float("inf"))
+
+
+def test_learners_of_the_training_tasks_are_the_chapters_own():
+    found = tasks.of_chapter()
+    x = torch.rand(2, 10, 1)
+    assert {name: kind()(x, x, x).shape for name, kind in found.items()} == {
+        "compare": x.shape,
+        "read": x.shape,
+    }
 
 
 def test_table_of_the_grid_is_paired_with_the_probe():
