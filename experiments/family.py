@@ -7,7 +7,6 @@ difference is of the same tasks.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ def compare(
     """Errors after some inner steps, what Reptile's departures cost, and Meta-SGD's rates."""
     test = RegressionSampler(SINUSOIDS, 10, 100, tasks, 999, device).sample()
     found: dict[str, list[Tensor]] = {}
-    seconds: dict[str, list[float]] = {}
     rates = []
     for name, (make, lr) in (METHODS | DEPARTURES).items():
         for seed in seeds:
@@ -70,20 +68,17 @@ def compare(
             learner = make(mlp()).to(device)
             learn = RegressionSampler(SINUSOIDS, 10, 10, 25, seed, device)
             slug = f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
-            history = meta_train(learner, learn, steps, lr, out=out / slug)
+            meta_train(learner, learn, steps, lr, out=out / slug)
             found.setdefault(name, []).append(errors_after(learner, test))
-            seconds.setdefault(name, []).append(history.seconds)
             if isinstance(learner, MetaSGD):
                 rates.append(torch.cat([x.detach().flatten() for x in learner.rates]))
     for seed in seeds:
-        begun = time.perf_counter()
         found.setdefault(RIDGE, []).append(ridge(steps, penalties, seed, test))
-        seconds.setdefault(RIDGE, []).append(time.perf_counter() - begun)
     what = (
         f"MAML's relatives on sinusoids, {steps} updates of 25 tasks, {len(seeds)} seeds, squared "
         f"error on {tasks} new tasks with ten support points"
     )
-    return {"what": what, "tables": [family(found, seconds), reptiles(found), spread(rates)]}
+    return {"what": what, "tables": [family(found), reptiles(found), spread(rates)]}
 
 
 def errors_after(learner: MAML, test: Episode) -> Tensor:
@@ -131,15 +126,13 @@ def with_one(z: Tensor) -> Tensor:
     return torch.cat([z, torch.ones_like(z[..., :1])], -1)
 
 
-def family(found: dict[str, list[Tensor]], seconds: dict[str, list[float]]) -> dict[str, Any]:
+def family(found: dict[str, list[Tensor]]) -> dict[str, Any]:
     """A row for each method: means, or where a task ran away the median and the share of these."""
-    heads = ["Squared error after", *(f"{k} step{'s' * (k != 1)}" for k in AFTER), "Seconds"]
+    heads = ["Squared error after", *(f"{k} step{'s' * (k != 1)}" for k in AFTER)]
     rows = []
     for name in [*METHODS, RIDGE]:
         cells = [cell(each) for each in torch.cat(found[name]).unbind(1)]
-        blank = [""] * (len(AFTER) - len(cells))
-        time = sum(seconds[name]) / len(seconds[name])
-        rows.append([name, *cells, *blank, f"{time:.0f}"])
+        rows.append([name, *cells, *[""] * (len(AFTER) - len(cells))])
     return {"title": "The family", "heads": heads, "rows": rows}
 
 
