@@ -128,11 +128,10 @@ def with_one(z: Tensor) -> Tensor:
 
 def family(found: dict[str, list[Tensor]]) -> dict[str, Any]:
     """A row for each method: means, or where a task ran away the median and the share of these."""
-    heads = ["Squared error after", *(f"{k} step{'s' * (k != 1)}" for k in AFTER)]
-    rows = []
-    for name in [*METHODS, RIDGE]:
-        cells = [cell(each) for each in torch.cat(found[name]).unbind(1)]
-        rows.append([name, *cells, *[""] * (len(AFTER) - len(cells))])
+    steps = [f"{k} step{'s' * (k != 1)}" for k in AFTER]
+    rows = [[name, *map(cell, torch.cat(found[name]).unbind(1)), ""] for name in METHODS]
+    rows.append([RIDGE, *[""] * len(AFTER), cell(torch.cat(found[RIDGE]))])
+    heads = ["Squared error after", *steps, "head solved for"]
     return {"title": "The family", "heads": heads, "rows": rows}
 
 
