@@ -20,8 +20,9 @@ class Reptile(MAML):
 
     Algorithm 2 of the paper: a mean over tasks, epsilon the learning rate of `meta_train`. Inner
     steps are Adam's with beta1 = 0, as in the paper's experiments, each on the next `batch` of all
-    images of the task, which are shuffled anew when they have all been used. For a new task they
-    are taken on the whole support set. A single step would be joint training: take several.
+    images of the task, which are shuffled anew when they have all been used. (Adam begins anew in
+    each task; in the authors' program its average of squares runs on.) For a new task they are
+    taken on the whole support set. A single step would be joint training: take several.
 
     Args:
         net, lr, steps, options: as in `MAML`.
