@@ -245,7 +245,7 @@ def _train_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--ways", type=_positive, help="of the training episodes")
     one.add_argument("--shots", type=_positive, help="of the training episodes")
     one.add_argument("--queries", type=_positive, help="a class, of the training episodes")
-    one.add_argument("--lr", type=_rate, help="of Adam at the start")
+    one.add_argument("--lr", type=_rate, help="of the outer steps at the start")
     _add_device(one)
     _add_inductive(one)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import Adam, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from metautils.checkpoint import CHECKPOINT, Training
@@ -64,7 +64,9 @@ def meta_train(
     warm_up: int | None = None,
     body: str | None = None,
 ) -> History:
-    """Train a learner on episodes with Adam, its learning rate decayed to 0 along a cosine.
+    """Train a learner on episodes, the learning rate decayed to 0 along a cosine.
+
+    Theta is moved by Adam, or by what the method has in its place (`Learner.outer_optimizer`).
 
     Every `every` steps the learner is tried on the same validation episodes and a checkpoint is
     written. At the end it holds the weights that did best there, or the last ones where there is
@@ -75,14 +77,14 @@ def meta_train(
         learner: any learner of the book, on the device where it is to be trained.
         episodes: what to train on, on the same device.
         steps: episodes to learn from.
-        lr: of Adam at the start.
+        lr: of the outer steps at the start.
         validation: episodes of validation classes, never of test classes; for classification.
         validation_episodes: how many of them.
         every: steps between validations and checkpoints.
         out: folder for `checkpoint.pt`, which holds the last state and the best weights.
         progress: show a bar with loss and accuracy.
         clip: scale meta-gradients down to this norm.
-        each_piece: let Adam take a step after each of the learner's `pieces`, as in truncated
+        each_piece: take an outer step after each of the learner's `pieces`, as in truncated
             backpropagation, not after the last of an episode only.
         warm_up: for what has learned elsewhere: AdamW, whose rate rises in so many steps and falls
             to 0 along a straight line. None: as said above.
@@ -135,11 +137,11 @@ def meta_train(
 
 
 def _optimizer(learner: Learner, settings: dict[str, Any]) -> tuple[Optimizer, LRScheduler]:
-    """Adam and a cosine, or AdamW that warms up."""
+    """The learner's optimiser and a cosine, or AdamW that warms up."""
     steps, warm_up = settings["steps"], settings["warm_up"]
     if warm_up is None:
-        adam = Adam(learner.parameters(), settings["lr"])
-        return adam, CosineAnnealingLR(adam, steps)
+        optimizer = learner.outer_optimizer(settings["lr"])
+        return optimizer, CosineAnnealingLR(optimizer, steps)
     rise = min(warm_up, max(1, steps // 2))
 
     def share(step: int) -> float:
@@ -199,7 +201,7 @@ class _Run:
             self.history.accuracy.append(100 * float(torch.cat(right).float().mean()))
 
     def update(self, loss: float) -> None:
-        """Let Adam take a step along the gradients that have come together."""
+        """Take an outer step along the gradients that have come together."""
         if not math.isfinite(loss):
             self.stop(f"The loss became {loss} at step {self.step + 1}")
         if self.settings["clip"] is not None:

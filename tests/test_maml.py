@@ -128,7 +128,9 @@ def test_tasks_in_parts_give_the_gradient_of_all(kind, at_once):
     """As `meta_train` adds them up: each part weighted by its share of the tasks."""
     learner, e = conv(kind, 3, vectorise=False), images_to_learn(tasks=3)
     leaves = list(learner.parameters())
+    state = torch.get_rng_state()  # Reptile draws minibatches
     whole = gradient(learner.meta_loss(e)[0], leaves)
+    torch.set_rng_state(state)
     pieces = list(e.parts(at_once))
     total = sum(gradient(learner.meta_loss(p)[0] * (p.tasks / 3), leaves) for p in pieces)
     assert relative(total, whole) < 1e-12
@@ -200,17 +202,25 @@ def test_noise_in_a_network_is_told_with_what_to_do():
 # What each learner is
 
 
-def by_hand(learner, e, task, optimizer, steps, x=None, y=None):
-    """A copy of the network after training on one task with torch's optimiser."""
+def by_hand(learner, e, task, optimizer, steps):
+    """A copy of the network after training on one task's support set with torch's optimiser."""
+    return trained_on(learner, [(e.support_x[task], e.support_y[task])] * steps, optimizer)
+
+
+def trained_on(learner, batches, optimizer):
+    """A copy of the network after a step of torch's optimiser on each batch."""
     net = copy.deepcopy(learner.net)
-    x = e.support_x[task] if x is None else x
-    y = e.support_y[task] if y is None else y
     optimizer = optimizer(net)
-    for _ in range(steps):
+    for x, y in batches:
         optimizer.zero_grad()
         F.cross_entropy(net(x), y).backward()
         optimizer.step()
     return net
+
+
+def all_of(e):
+    """Images and labels of support and query sets together."""
+    return torch.cat([e.support_x, e.query_x], 1), torch.cat([e.support_y, e.query_y], 1)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -273,26 +283,28 @@ def test_meta_sgd_learns_a_rate_for_every_entry():
     assert relative(predict(learner, e), before) > 1e-3
 
 
-@pytest.mark.parametrize("steps", [1, 5])
+def without_momentum(net):
+    """The Adam of Reptile's experiments, torch's own."""
+    return torch.optim.Adam(net.parameters(), 0.01, betas=(0.0, 0.999))
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(1, 4), (5, 4), (3, 99)])
 @VECTORISE
-def test_reptile_moves_towards_where_the_tasks_end(steps, vectorise):
-    """theta - phi as an average over tasks, phi from torch's Adam on support and queries."""
-    learner, e = conv(Reptile, steps, vectorise=vectorise), images_to_learn()
+def test_reptile_moves_towards_where_the_tasks_end(steps, batch, vectorise):
+    """theta - phi as an average over tasks, phi from torch's Adam on minibatches of a task."""
+    e = images_to_learn()
+    learner = conv(Reptile, steps, batch=batch, vectorise=vectorise)
     theta, ends, answers = flat(learner.net.parameters()), [], []
-
-    def adam(net):
-        return torch.optim.Adam(net.parameters(), 0.01, betas=(0.0, 0.999))
-
     # A bias before batch normalisation has a gradient of 0 but for rounding, which Adam enlarges.
     names = [n for n, p in learner.net.named_parameters() for _ in range(p.numel())]
     sound = torch.tensor([not n.endswith(".0.bias") for n in names])
-    for k in range(e.tasks):
-        x = torch.cat([e.support_x[k], e.query_x[k]])
-        y = torch.cat([e.support_y[k], e.query_y[k]])
-        end = by_hand(learner, e, k, adam, steps, x, y)
+    (x, y), state = all_of(e), torch.get_rng_state()
+    for k, order in enumerate(learner.minibatches(*x.shape[:2])):
+        end = trained_on(learner, [(x[k, o], y[k, o]) for o in order], without_momentum)
         ends.append(flat(end.parameters()))
         answers.append(end(e.query_x[k]).detach())
     expected = theta - torch.stack(ends).mean(0)
+    torch.set_rng_state(state)
     loss, predictions = learner.meta_loss(e)
     found = gradient(loss, list(learner.net.parameters()))
     assert relative(found[sound], expected[sound]) < 1e-8
@@ -300,6 +312,33 @@ def test_reptile_moves_towards_where_the_tasks_end(steps, vectorise):
     torch.testing.assert_close(predictions, torch.stack(answers))
     half_squares = torch.stack([(theta - phi).square().sum() / 2 for phi in ends]).mean()
     torch.testing.assert_close(loss.detach(), half_squares)
+
+
+def test_reptile_goes_through_a_task_before_it_begins_anew():
+    """Minibatches are parts of the task in a new order each round, and may begin in one round and
+    end in the next; drawn for all tasks at once or one by one they are the same."""
+    learner = conv(Reptile, 5, batch=4)
+    torch.manual_seed(0)
+    order = learner.minibatches(tasks=3, examples=10)
+    assert order.shape == (3, 5, 4)
+    rounds = order.flatten(1).unflatten(1, (2, 10))  # (tasks, 5 * 4) to (tasks, rounds, examples)
+    assert (rounds.sort(-1).values == torch.arange(10)).all()
+    assert len({tuple(each.tolist()) for each in rounds.flatten(0, 1)}) == 6
+    torch.manual_seed(0)
+    assert torch.equal(order, torch.cat([learner.minibatches(1, 10) for _ in range(3)]))
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.25])
+def test_reptile_takes_its_outer_step(epsilon):
+    """`theta + epsilon * (phi - theta)`, with the epsilon that meta_train is given."""
+    learner, state = small(Reptile, lr=0.01, steps=2, batch=4), torch.get_rng_state()
+    theta = flat(learner.parameters())
+    loss, _ = learner.meta_loss(blob_tasks().sample())
+    expected = theta - epsilon * gradient(loss, list(learner.parameters()))
+    torch.set_rng_state(state)
+    meta_train(learner, blob_tasks(), 1, lr=epsilon, progress=False)
+    torch.testing.assert_close(flat(learner.parameters()), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(expected, theta, atol=1e-3)
 
 
 @VECTORISE
@@ -314,9 +353,8 @@ def test_reptile_learns_only_what_it_adapts(vectorise):
 @TRANSDUCTIVE
 def test_reptile_shows_what_it_would_predict(transductive):
     """In training too, queries are normalised as the learner says; every phi has seen them all."""
-    learner, e = conv(Reptile, 2, transductive=transductive), images_to_learn()
-    x = torch.cat([e.support_x, e.query_x], 1)
-    y = torch.cat([e.support_y, e.query_y], 1)
+    learner, e = conv(Reptile, 2, batch=99, transductive=transductive), images_to_learn()
+    x, y = all_of(e)
     batch_norm_mode(learner.net, fused=False)
     for k, found in enumerate(learner.meta_loss(e)[1]):
         f = adapt(
@@ -489,6 +527,7 @@ def test_maml_pp_leaves_no_trace_of_an_evaluation_and_resumes(tmp_path):
         (lambda: small(MAML, steps=2, test_steps=3, learned_rates=True), "test_steps=3 is above"),
         (lambda: small(MAML, multi_step_loss=-1), "multi_step_loss is -1"),
         (lambda: small(Reptile, partial(StepBatchNorm, steps=1)), "Reptile keeps no running"),
+        (lambda: small(Reptile, batch=0), "batch is 0"),
     ],
 )
 def test_parts_of_maml_pp_that_do_not_fit(make, told):
@@ -662,6 +701,7 @@ def test_autocast_changes_nothing(kind, vectorise):
     """Half precision would cost the second derivative its digits."""
     learner, found = conv(kind, 3, vectorise=vectorise).float(), []
     for enabled in (False, True):
+        torch.manual_seed(0)  # Reptile draws minibatches
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss, predictions = learner.meta_loss(images_to_learn(dtype=torch.float32))
         found.append((predictions, gradient(loss, list(learner.parameters()))))
@@ -737,17 +777,18 @@ def test_anil_needs_a_head():
         (FOMAML, {}, 200),
         (ANIL, {}, 200),
         (MetaSGD, {}, 200),
-        (Reptile, {"lr": 5e-3, "steps": 5, "test_steps": 2}, 80),
+        (Reptile, {"lr": 5e-3, "steps": 5, "batch": 6, "test_steps": 2}, 80),
     ],
 )
 def test_training_raises_the_accuracy(kind, options, steps):
+    rate = 0.5 if kind is Reptile else 1e-2
     learner = small(kind, **({"lr": 0.05} | options))
 
     def accuracy():
         return float(episode_accuracy(learner, blob_tasks(50, seed=3), 100).mean())
 
     before = accuracy()
-    history = meta_train(learner, blob_tasks(), steps, lr=1e-2, progress=False)
+    history = meta_train(learner, blob_tasks(), steps, lr=rate, progress=False)
     assert len(history.loss) == len(history.accuracy) == steps
     assert accuracy() > max(80, before + 10)
 

@@ -58,6 +58,10 @@ class Learner(nn.Module):
         predictions = self(episode.support_x, episode.support_y, episode.query_x)
         yield self.loss(predictions, episode.query_y), predictions, episode.query_y
 
+    def outer_optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """What moves theta in `meta_train`: Adam, unless a method says how it has to be moved."""
+        return torch.optim.Adam(self.parameters(), lr)
+
 
 def takes_features(learner: Learner) -> bool:
     """Whether the learner's answers are those of its `on_features`.
@@ -171,7 +175,7 @@ class Preset:
         ways, shots, queries: of the training episodes; queries are per class.
         tasks: in a training episode.
         episodes: of the test.
-        lr: of Adam at the start.
+        lr: of the outer steps at the start.
         clip: of meta-gradients, see `meta_train`.
 
     Example:
