@@ -111,7 +111,7 @@ EXPERIMENTS = {
     "optimizer_choices": Experiment(
         choices,
         {"steps": 100, "truncation": 20, "unrolls": 100, "tasks": 16,
-         "rates": [0.003, 0.01, 0.03], "seeds": [0, 1, 2, 3], "held_out": 200},
+         "rates": [0.003, 0.01, 0.03], "seeds": [0, 1, 2], "held_out": 200},
         minutes=20,
         tiny={"steps": 4, "truncation": 2, "unrolls": 2, "tasks": 2, "rates": [0.01],
               "seeds": [0, 1], "held_out": 3},
