@@ -934,3 +934,28 @@ def test_frozen_parameters_of_every_network_stay():
     first, *_, last = islice(path, 3)
     moved = {n for n, p in first.parameters.items() if not torch.equal(p, last.parameters[n])}
     assert moved == {"nets.2.weight", "nets.2.bias"}
+
+
+def test_what_is_read_and_what_counts_can_be_set():
+    class Blind(LSTMOptimizer):
+        def seen(self, gradients):
+            return torch.zeros(2, len(gradients))
+
+    class Summed(FromScratch):
+        def scored(self, losses):
+            return losses
+
+    optimizer, phi = Blind(), {"w": torch.zeros(3)}
+    steps = [
+        optimizer.step(phi, {"w": g}, {}, 0, torch.tensor(1.0))[0]["w"]
+        for g in (torch.zeros(3), torch.tensor([1.0, -20.0, 0.3]))
+    ]
+    assert torch.equal(*steps)
+    episode = QuadraticSampler(4, tasks=3).sample()
+    learner = Summed(lambda: nn.Linear(4, 1), optimizer, steps=5)
+    torch.manual_seed(0)
+    (piece, *_), *none = learner.pieces(episode)
+    torch.manual_seed(0)
+    losses = learner.losses(episode.support_x, episode.support_y)[:, 1:]
+    assert not none
+    torch.testing.assert_close(piece.detach(), losses.mean())

@@ -79,13 +79,17 @@ class LSTMOptimizer(nn.Module):
         self, phi: Named, gradients: Named, state: dict, k: int, loss: Tensor
     ) -> tuple[Named, dict]:
         """Inner step number `k`, counted from 0: new parameters and state."""
-        inputs = log_sign(coordinates({name: gradients[name] for name in phi}, k))
+        inputs = self.seen(coordinates({name: gradients[name] for name in phi}, k))
         check_memory(state, inputs.shape[1], k)
         h1, c1 = self.first(inputs, state.get("h1"), state.get("c1"))
         h2, c2 = self.second(h1, state.get("h2"), state.get("c2"))
         update = named(self.scale * self.output(h2.T), phi)  # (hidden, n) to (n, 1), then cut up
         new = {name: p + update[name] for name, p in phi.items()}
         return new, {"h1": h1, "c1": c1, "h2": h2, "c2": c2}
+
+    def seen(self, gradients: Tensor) -> Tensor:
+        """What the LSTM reads of the gradients: `(n,)` to `(2, n)`."""
+        return log_sign(gradients)
 
 
 class FromScratch(Learner):
@@ -179,11 +183,15 @@ class FromScratch(Learner):
             total = 0.0
             with all_digits(device):
                 for f in islice(path, min(self.truncation, self.steps - done)):
-                    total = total + (loss(f) + FLOOR).log().sum()
+                    total = total + self.scored(loss(f)).sum()
                 with torch.no_grad():
                     predictions = f(episode.query_x)
             yield total / (self.steps * episode.tasks), predictions, episode.query_y
             f.detach_()
+
+    def scored(self, losses: Tensor) -> Tensor:
+        """What losses of a step count in the meta-loss, of the same shape."""
+        return (losses + FLOOR).log()
 
     def extra_repr(self) -> str:
         """The settings, so that a checkpoint knows its learner."""
