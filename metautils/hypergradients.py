@@ -25,9 +25,9 @@ Solve = Callable[[Product, Tensor], Tensor]
 def conjugate_gradients(product: Product, b: Tensor, steps: int = 10) -> Tensor:
     """Solve `H v = b` for a symmetric positive H by so many products (Hestenes and Stiefel 1952).
 
-    In exact arithmetic as many steps as H has different eigenvalues are enough. Along a direction
-    in which H curves downwards, as it may where phi is no minimum, no step is made. Runs under
-    `torch.vmap`.
+    In exact arithmetic as many steps as H has different eigenvalues are enough. It ends for good
+    where it meets a direction in which H does not curve upwards, as may be where phi is no minimum.
+    Runs under `torch.vmap`.
 
     Args:
         product: multiplies a vector of the shape of `b` with H.
@@ -45,13 +45,16 @@ def conjugate_gradients(product: Product, b: Tensor, steps: int = 10) -> Tensor:
     _check(steps)
     v, r, p = torch.zeros_like(b), b, b
     rr = r @ r
+    going = rr > 0
     for _ in range(steps):
         Hp = product(p)
         curvature = p @ Hp
-        alpha = torch.where(curvature > 0, rr / curvature, 0.0)
+        going = going & (curvature > 0)
+        alpha = torch.where(going, rr / curvature, 0.0)
         v, r = v + alpha * p, r - alpha * Hp
         before, rr = rr, r @ r
-        p = r + torch.where(before > 0, rr / before, 0.0) * p
+        going = going & (rr > 0)
+        p = r + torch.where(going, rr / before, 0.0) * p
     return v
 
 

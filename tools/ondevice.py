@@ -49,6 +49,17 @@ SMALL: dict[str, dict[str, str]] = {
         "tasks=60": "tasks=4",
         "for k in range(11):": "for k in 11 * [0]:",
     },
+    "03_hypergradients": {
+        "SEEDS = 20": "SEEDS = 2",
+        "OUTER = 15": "OUTER = 2",
+        "steps=100)": "steps=3)",
+        "(10, 30, 100, 300, 1000)": "(2, 1000)",
+        "TS[-1] + 1": "3",
+        "randn(1000, 40": "randn(4, 40",
+        "(5, 30, 1000)": "(5, 1000)",
+        "range(500)": "range(3)",
+        "range(80)": "range(2)",
+    },
     "05_lstm_meta_learner": {
         "unrolls=60": "unrolls=2",
         "images=300, width=16, tests=100": "images=2, width=8, tests=4",
