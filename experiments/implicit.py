@@ -1,8 +1,8 @@
 """iMAML beside MAML and FOMAML, on sinusoids and on drawn characters: the record compare_imaml.
 
-All start from the same weights and see the same training tasks as often; every row has its rate
-from a few that were tried on validation tasks. Differences to MAML are paired by test task, and
-all seeds' tasks lie in one interval.
+All start from the same weights and see the same training tasks as often. Inner rates were chosen by
+hand, from a few short runs on other tasks. Differences to MAML are paired by test task, and all
+seeds' tasks lie in one interval.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def compared(
         learner = KINDS[kind](mlp(), **how).to(device)
         train = RegressionSampler(SINUSOIDS, 10, 10, waves["tasks"], seed, device)
         meta_train(learner, train, waves["steps"], waves["lr"], progress=False, clip=10.0)
-        test = RegressionSampler(SINUSOIDS, 10, 100, 50, 999 + seed, device)
+        test = RegressionSampler(SINUSOIDS, 10, 100, 50, 5000 + seed, device)
         return squared_errors(learner, test, waves["test"])
 
     def on_glyphs(kind: str, how: dict[str, Any], seed: int) -> Tensor:
@@ -48,7 +48,7 @@ def compared(
         learner = KINDS[kind](net, **how).to(device)
         train = EpisodeSampler(drawn, 5, 1, 5, glyphs["tasks"], seed=seed)
         meta_train(learner, train, glyphs["steps"], glyphs["lr"], progress=False, clip=10.0)
-        (e,) = evaluate(learner, unseen, [(5, 1)], 5, glyphs["test"], seed=999 + seed)
+        (e,) = evaluate(learner, unseen, [(5, 1)], 5, glyphs["test"], seed=5000 + seed)
         return e.per_episode.double()
 
     tables = [
@@ -79,23 +79,23 @@ EXPERIMENTS = {
         compared,
         {
             "waves": {
-                "steps": 300, "tasks": 15, "lr": 1e-2, "test": 300, "seeds": 3,
+                "steps": 200, "tasks": 20, "lr": 1e-2, "test": 300, "seeds": 2,
                 "rows": {
                     "MAML, 5 steps": {"lr": 0.01, "steps": 5},
                     "FOMAML, 5 steps": {"lr": 0.01, "steps": 5},
-                    "iMAML, 16 steps": {"lr": 0.005, "steps": 16, "lam": 0.5},
+                    "iMAML, 16 steps": {"lr": 0.005, "steps": 16, "lam": 5.0},
                 },
             },
             "glyphs": {
-                "steps": 150, "tasks": 2, "lr": 3e-3, "test": 200, "seeds": 2,
+                "steps": 100, "tasks": 2, "lr": 3e-3, "test": 200, "seeds": 1,
                 "rows": {
                     "MAML, 5 steps": {"lr": 0.1, "steps": 5},
                     "FOMAML, 5 steps": {"lr": 0.1, "steps": 5},
-                    "iMAML, 16 steps": {"lr": 0.1, "steps": 16, "lam": 2.0},
+                    "iMAML, 16 steps": {"lr": 0.1, "steps": 16, "lam": 0.5},
                 },
             },
         },
-        minutes=10,
+        minutes=6,
         tiny={
             "waves": {"steps": 1, "tasks": 2, "lr": 1e-2, "test": 50, "seeds": 1,
                       "rows": {"MAML": {"lr": 0.01}, "iMAML": {"lr": 0.01, "steps": 2}}},

@@ -51,8 +51,8 @@ SMALL: dict[str, dict[str, str]] = {
     },
     "03_hypergradients": {
         "SEEDS = 20": "SEEDS = 2",
-        "OUTER = 15": "OUTER = 2",
-        "steps=100)": "steps=3)",
+        "OUTER = 12": "OUTER = 2",
+        "steps=80)": "steps=3)",
         "(10, 30, 100, 300, 1000)": "(2, 1000)",
         "TS[-1] + 1": "3",
         "randn(1000, 40": "randn(4, 40",
