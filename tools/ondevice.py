@@ -126,6 +126,9 @@ SMALL: dict[str, dict[str, str]] = {
         "ROUNDS, EPOCHS, BATCH = 5, 10, 32": "ROUNDS, EPOCHS, BATCH = 1, 1, 2",
         "(64, 224)": "(32,)",
     },
+    "benchmarks/implicit.py": {
+        "apart(name) for": "[(0.0, 0.0)] * 4 for",
+    },
     "benchmarks/inner_loop.py": {
         "ROUNDS = 7": "ROUNDS = 1",
         "else (8, 1)": "else (2, 1)",
