@@ -305,7 +305,6 @@ def inner_steps(
         raise ValueError(f"clip is {clip}; a norm must be above 0.")
     theta, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     names = _names(theta, only)
-    recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
     if isinstance(optimizer, torch.optim.Optimizer):
         optimizer = _Grouped(optimizer, module)
     f = Adapted(module, theta, _cloned(buffers))
@@ -313,7 +312,7 @@ def inner_steps(
         yield f
         _check_unchanged(module, theta, f.k)
         # A step starts from copies of the buffers, so what was yielded stays as it is.
-        with torch.no_grad() if first_order else _twice_differentiable(recurrent):
+        with torch.no_grad() if first_order else twice_differentiable(module):
             gradients, value, buffers = _gradient(f, loss, names, allow_unused or f.k > 0)
             gradients = gradients if clip is None else _clipped(gradients, clip)
         phi = {name: f.parameters[name] for name in names}
@@ -469,14 +468,14 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, last: bool) -
 
 
 @contextmanager
-def _twice_differentiable(recurrent: bool) -> Iterator[None]:
+def twice_differentiable(module: nn.Module) -> Iterator[None]:
     """Kernels whose derivative has a derivative, wherever one is going to be taken."""
     if not torch.is_grad_enabled():
         yield
         return
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if recurrent:
+        if any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
             stack.callback(setattr, cudnn, "enabled", cudnn.enabled)
             cudnn.enabled = False
         yield

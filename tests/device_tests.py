@@ -35,6 +35,7 @@ from metautils.evaluate import squared_errors
 from metautils.finetune import Recipe
 from metautils.learners import baseline
 from metautils.learners.base import Learner, Problem
+from metautils.learners.imaml import IMAML
 from metautils.learners.learned_optimizer import FromScratch, LSTMOptimizer
 from metautils.learners.maml import FOMAML, MAML
 from metautils.learners.meta_sgd import MetaSGD
@@ -181,6 +182,7 @@ ON_WAVES = {
     "MAML": lambda: MAML(mlp(width=8), 0.01),
     "MAML, one by one": lambda: MAML(mlp(width=8), 0.01, vectorise=False),
     "FOMAML": lambda: FOMAML(mlp(width=8), 0.01),
+    "iMAML": lambda: IMAML(mlp(width=8), 0.01),
     "Reptile": lambda: Reptile(mlp(width=8), 0.01),
     "Meta-SGD": lambda: MetaSGD(mlp(width=8), 0.01),
 }

@@ -12,6 +12,7 @@ from metautils.evaluate import squared_errors
 from metautils.learners.anil import ANIL
 from metautils.learners.base import Learner, task_loss, ways_of
 from metautils.learners.baseline import Baseline, cosine_head, linear_head, nearest_centroid
+from metautils.learners.imaml import IMAML
 from metautils.learners.learned_optimizer import FromScratch, LSTMOptimizer
 from metautils.learners.maml import FOMAML, MAML
 from metautils.learners.matching_net import MatchingNet
@@ -91,12 +92,22 @@ def test_ways(labels, ways):
 ADAPTING = pytest.mark.parametrize(
     "make",
     [
-        *(lambda kind=kind: kind(mlp()) for kind in (MAML, FOMAML, ANIL, MetaSGD, Reptile)),
+        *(lambda kind=kind: kind(mlp()) for kind in (MAML, FOMAML, ANIL, MetaSGD, Reptile, IMAML)),
         lambda: MAML(mlp(), vectorise=False),
         lambda: MetaLSTM(mlp()),
         lambda: FromScratch(mlp, LSTMOptimizer(), steps=2),
     ],
-    ids=["maml", "fomaml", "anil", "meta_sgd", "reptile", "loop", "meta_lstm", "from scratch"],
+    ids=[
+        "maml",
+        "fomaml",
+        "anil",
+        "meta_sgd",
+        "reptile",
+        "imaml",
+        "loop",
+        "meta_lstm",
+        "from scratch",
+    ],
 )
 
 

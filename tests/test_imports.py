@@ -18,7 +18,7 @@ ORDER = (
     ("checkpoint",),
     ("data.",),
     ("pretrained",),
-    ("sampling", "adapt"),
+    ("sampling", "adapt", "hypergradients"),
     ("learners.",),
     ("evaluate",),
     ("train", "fit"),

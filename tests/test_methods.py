@@ -22,7 +22,7 @@ from metautils.train import meta_train
     [
         (("protonet", "matching"), ((5, 1), (5, 5), (20, 1), (20, 5))),
         (("relation",), ((5, 3), (20, 3))),
-        (("maml", "fomaml", "anil", "meta_sgd", "meta_lstm", "reptile"), ((4, 3),)),
+        (("maml", "fomaml", "anil", "meta_sgd", "meta_lstm", "reptile", "imaml"), ((4, 3),)),
     ],
 )
 def test_settings_that_a_learner_is_tested_in(names, settings):

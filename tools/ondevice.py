@@ -47,6 +47,17 @@ SMALL: dict[str, dict[str, str]] = {
         "150, 6, queries": "4, 6, queries",
         "for k in range(11):": "for k in 11 * [0]:",
     },
+    "03_hypergradients": {
+        "SEEDS = 20": "SEEDS = 2",
+        "OUTER = 12": "OUTER = 2",
+        "steps=80)": "steps=3)",
+        "(10, 30, 100, 300, 1000)": "(2, 1000)",
+        "TS[-1] + 1": "3",
+        "randn(1000, 40": "randn(4, 40",
+        "(5, 30, 1000)": "(5, 1000)",
+        "range(500)": "range(3)",
+        "range(80)": "range(2)",
+    },
     "04_learned_optimizers": {
         '"quick": 60,': '"quick": 2,',
         "LENGTHS, BATCHES = (5, 20, 50), 6": "LENGTHS, BATCHES = (1, 2, 3), 2",
@@ -120,6 +131,9 @@ SMALL: dict[str, dict[str, str]] = {
     "benchmarks/finetune.py": {
         "ROUNDS, EPOCHS, BATCH = 5, 10, 32": "ROUNDS, EPOCHS, BATCH = 1, 1, 2",
         "(64, 224)": "(32,)",
+    },
+    "benchmarks/implicit.py": {
+        "apart(name) for": "[(0.0, 0.0)] * 4 for",
     },
     "benchmarks/inner_loop.py": {
         "ROUNDS = 7": "ROUNDS = 1",
