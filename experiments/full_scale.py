@@ -198,7 +198,6 @@ def _compares(kind: str, shots: int, **changed: Any) -> dict[str, Any]:
 OMNIGLOT = {
     "MAML 5w1s": _maml("MAML", 5, 1, 0.4, 1, 3, steps=20000),
     "MAML 5w5s": _maml("MAML", 5, 5, 0.4, 1, 3, steps=10000),
-    "MAML 20w1s": _maml("MAML", 20, 1, 0.4, 5, 5, steps=6000),
     "FOMAML 5w1s": _maml("FOMAML", 5, 1, 0.4, 1, 3, steps=10000),
     "ANIL 5w1s": _maml("ANIL", 5, 1, 0.4, 1, 3, steps=10000),
     "Meta-SGD 5w1s": _maml("Meta-SGD", 5, 1, 0.4, 1, 1, steps=10000),
