@@ -28,6 +28,7 @@ from metautils.train import meta_train
 from records import Experiment
 
 AFTER = [1, 5, 10]
+SHOTS = [10, 5]
 RAN_AWAY = 100.0  # squared error; the highest curve reaches 25
 
 
@@ -47,7 +48,7 @@ METHODS: dict[str, tuple[Callable[[nn.Module], MAML], float]] = {
     "Reptile": (lambda net: Reptile(net, 0.02), 1.0),
 }
 DEPARTURES = {  # from Reptile as it stands in its paper
-    "the whole task in each inner step": (lambda net: Reptile(net, 0.02, batch=20), 1.0),
+    "the whole task in each step": (lambda net: Reptile(net, 0.02, batch=20), 1.0),
     "Adam outside": (lambda net: AdamOutside(net, 0.02), 1e-2),
     "both": (lambda net: AdamOutside(net, 0.02, batch=20), 1e-2),
 }
@@ -58,9 +59,9 @@ def compare(
     out: Path, device: torch.device, *, steps: int, tasks: int, penalties: list[float],
     seeds: list[int],
 ) -> dict[str, Any]:  # fmt: skip
-    """Errors after some inner steps, what Reptile's departures cost, and Meta-SGD's rates."""
-    test = RegressionSampler(SINUSOIDS, 10, 100, tasks, 999, device).sample()
-    found: dict[str, list[Tensor]] = {}
+    """Errors after some inner steps, differences on the same tasks, and Meta-SGD's rates."""
+    tests = [RegressionSampler(SINUSOIDS, n, 100, tasks, 999, device).sample() for n in SHOTS]
+    found: dict[str, list[list[Tensor]]] = {}  # by method, seed and shots
     rates = []
     for name, (make, lr) in (METHODS | DEPARTURES).items():
         for seed in seeds:
@@ -69,16 +70,17 @@ def compare(
             learn = RegressionSampler(SINUSOIDS, 10, 10, 25, seed, device)
             slug = f"{name}-{seed}".replace(", ", "-").replace(" ", "-")
             meta_train(learner, learn, steps, lr, out=out / slug)
-            found.setdefault(name, []).append(errors_after(learner, test))
+            found.setdefault(name, []).append([errors_after(learner, e) for e in tests])
             if isinstance(learner, MetaSGD):
                 rates.append(torch.cat([x.detach().flatten() for x in learner.rates]))
     for seed in seeds:
-        found.setdefault(RIDGE, []).append(ridge(steps, penalties, seed, test))
+        body = shared_body(steps, seed, device)
+        found.setdefault(RIDGE, []).append([ridge(body, penalties, e) for e in tests])
     what = (
         f"MAML's relatives on sinusoids, {steps} updates of 25 tasks, {len(seeds)} seeds, squared "
         f"error on {tasks} new tasks with ten support points"
     )
-    return {"what": what, "tables": [family(found), reptiles(found), spread(rates)]}
+    return {"what": what, "tables": [family(found), differences(found), spread(rates)]}
 
 
 def errors_after(learner: MAML, test: Episode) -> Tensor:
@@ -89,13 +91,10 @@ def errors_after(learner: MAML, test: Episode) -> Tensor:
     return (predicted - test.query_y[:, None]).square().mean((2, 3)).cpu()
 
 
-def ridge(steps: int, penalties: list[float], seed: int, test: Episode) -> Tensor:
-    """Squared error `(tasks, 1)` of a body shared by 200 tasks, each new head solved for.
-
-    The penalty is the best of some on other tasks.
-    """
+def shared_body(steps: int, seed: int, device: torch.device) -> nn.Module:
+    """A body trained on 200 tasks, each with a head of its own."""
     torch.manual_seed(seed)
-    device, count = test.query_x.device, 200
+    count = 200
     learn = RegressionSampler(SINUSOIDS, 20, 1, count, seed, device).sample()
     body, heads = mlp().embed.to(device), nn.Parameter(0.1 * torch.randn(count, 41, 1).to(device))
     optimizer = torch.optim.Adam([*body.parameters(), heads], 1e-2)
@@ -107,7 +106,13 @@ def ridge(steps: int, penalties: list[float], seed: int, test: Episode) -> Tenso
         F.mse_loss(z @ heads[k], learn.support_y[k]).backward()
         optimizer.step()
         schedule.step()
-    choose = RegressionSampler(SINUSOIDS, 10, 100, len(test.query_x), 555, device).sample()
+    return body
+
+
+def ridge(body: nn.Module, penalties: list[float], test: Episode) -> Tensor:
+    """Squared error `(tasks, 1)` with each head solved for, the penalty best on other tasks."""
+    tasks, shots, *_ = test.support_x.shape
+    choose = RegressionSampler(SINUSOIDS, shots, 100, tasks, 555, test.query_x.device).sample()
     best = min(penalties, key=lambda each: float(solved(body, choose, each).mean()))
     return solved(body, test, best)[:, None]
 
@@ -126,32 +131,56 @@ def with_one(z: Tensor) -> Tensor:
     return torch.cat([z, torch.ones_like(z[..., :1])], -1)
 
 
-def family(found: dict[str, list[Tensor]]) -> dict[str, Any]:
-    """A row for each method: means, or where a task ran away the median and the share of these."""
+def family(found: dict[str, list[list[Tensor]]]) -> dict[str, Any]:
+    """A row for each method, with ten support points, and its last cell by seed."""
+    rows = []
+    for name in [*METHODS, RIDGE]:
+        errors = torch.stack([by_shots[0] for by_shots in found[name]])  # (seeds, tasks, cells)
+        cells = [cell(each) for each in errors.unbind(-1)]
+        last, away = errors[..., -1], ran_away(errors[..., -1]).any()
+        middle = median if away else Tensor.mean
+        seeds = ("medians " if away else "") + ", ".join(f"{float(middle(e)):.2f}" for e in last)
+        if name == RIDGE:
+            cells = [*[""] * len(AFTER), f"{cells[0]}, median {median(last):.2f}"]
+        rows.append([name, *cells, *[""] * (len(AFTER) + 1 - len(cells)), seeds])
     steps = [f"{k} step{'s' * (k != 1)}" for k in AFTER]
-    rows = [[name, *map(cell, torch.cat(found[name]).unbind(1)), ""] for name in METHODS]
-    rows.append([RIDGE, *[""] * len(AFTER), cell(torch.cat(found[RIDGE]))])
-    heads = ["Squared error after", *steps, "head solved for"]
+    heads = ["Squared error after", *steps, "head solved for", "the last by seed"]
     return {"title": "The family", "heads": heads, "rows": rows}
 
 
+def ran_away(errors: Tensor) -> Tensor:
+    """Which did, nan too."""
+    return ~(errors < RAN_AWAY)
+
+
+def median(errors: Tensor) -> Tensor:
+    """Of all, where nan is the worst."""
+    return errors.nan_to_num(torch.inf).median()
+
+
 def cell(errors: Tensor) -> str:
-    """The mean over tasks, or if some ran away the median and how many did."""
-    away = ~(errors < RAN_AWAY)  # nan too
+    """From `(seeds, tasks)`: mean and its interval, or where some ran away median and share.
+
+    The trainings are tested on the same tasks: the interval is of each task's mean over seeds.
+    """
+    away = ran_away(errors)
     if not away.any():
-        return f"{errors.mean():.2f} ± {interval95(errors):.2f}"
-    share = 100 * float(away.float().mean())
-    return f"median {errors.nan_to_num(torch.inf).median():.2f}, {share:.1f} % ran away"
+        return f"{errors.mean():.2f} ± {interval95(errors.mean(0)):.2f}"
+    return f"median {median(errors):.2f}, {100 * float(away.float().mean()):.1f} % ran away"
 
 
-def reptiles(found: dict[str, list[Tensor]]) -> dict[str, Any]:
-    """What each departure adds to the error after ten steps, by seed, on the same tasks."""
+def differences(found: dict[str, list[list[Tensor]]]) -> dict[str, Any]:
+    """The rival less MAML and each departure less Reptile, by seed, on the same tasks."""
+    pairs = [(RIDGE, "MAML", k, f", {shots} points") for k, shots in enumerate(SHOTS)]
+    pairs += [(name, "Reptile", 0, "") for name in DEPARTURES]
     rows = []
-    for name in DEPARTURES:
-        gaps = [a[:, -1] - b[:, -1] for a, b in zip(found[name], found["Reptile"], strict=True)]
-        rows.append([name, *(f"{gap.mean():+.2f} ± {interval95(gap):.2f}" for gap in gaps)])
-    heads = ["Added to the error after 10 steps", *(f"seed {k}" for k in range(len(gaps)))]
-    return {"title": "Reptile otherwise than in its paper", "heads": heads, "rows": rows}
+    for name, other, k, on in pairs:
+        both = zip(found[name], found[other], strict=True)
+        gaps = [a[k][:, -1] - b[k][:, -1] for a, b in both]
+        cells = [f"{gap.mean():+.2f} ± {interval95(gap):.2f}" for gap in gaps]
+        rows.append([f"{name}, less {other}{on}", *cells])
+    heads = ["Squared error, after 10 steps", *(f"seed {k}" for k in range(len(gaps)))]
+    return {"title": "Differences on the same tasks", "heads": heads, "rows": rows}
 
 
 def spread(rates: list[Tensor]) -> dict[str, Any]:
@@ -166,7 +195,12 @@ def spread(rates: list[Tensor]) -> dict[str, Any]:
 EXPERIMENTS = {
     "maml_family_sinusoids": Experiment(
         compare,
-        {"steps": 2300, "tasks": 600, "penalties": [0.001, 0.01, 0.1, 1.0], "seeds": [0, 1, 2]},
+        {
+            "steps": 2300,
+            "tasks": 600,
+            "penalties": [1e-5, 1e-4, 1e-3, 0.01, 0.1],
+            "seeds": [0, 1, 2],
+        },
         minutes=12,
         tiny={"steps": 2, "tasks": 4, "seeds": [0, 1]},
     )

@@ -17,6 +17,7 @@ from metautils.data.bank import split_classes
 from metautils.runs import RECORD
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import family
 import recipes
 import records
 import tasks
@@ -147,6 +148,16 @@ def test_statistics_of_the_grid_move_where_they_should(place, body):
 
 def test_a_training_that_diverged_counts_as_the_worst():
     assert tasks.spread([3.0, 1.0, None]) == (1.0, 3.0, float("inf"))
+
+
+def test_three_trainings_on_the_same_tasks_are_no_more_tasks():
+    errors = torch.rand(1, 50, generator=torch.Generator().manual_seed(0))
+    assert family.cell(errors.expand(3, 50)) == family.cell(errors)
+
+
+def test_tasks_that_ran_away_are_counted_and_the_median_stays():
+    errors = torch.tensor([[0.5, 0.5], [0.5, torch.nan]])
+    assert family.cell(errors) == "median 0.50, 25.0 % ran away"
 
 
 def test_learners_of_the_training_tasks_are_the_chapters_own():

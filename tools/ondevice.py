@@ -39,6 +39,8 @@ SMALL: dict[str, dict[str, str]] = {
     "02_maml": {
         "curves=2300, reused=500": "curves=3, reused=3",
         "images=100": "images=3",
+        "range(10, len(seen) + 1)": "range(3, len(seen) + 1)",
+        "unfold(0, 10, 1)": "unfold(0, 3, 1)",
         "COUNTS = [1, 2, 5, 10, 20]": "COUNTS = [1, 2]",
         "range(150)": "range(2)",
         "range(200)": "range(3)",
