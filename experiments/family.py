@@ -50,7 +50,6 @@ METHODS: dict[str, tuple[Callable[[nn.Module], MAML], float]] = {
 DEPARTURES = {  # from Reptile as it stands in its paper
     "the whole task in each step": (lambda net: Reptile(net, 0.02, batch=20), 1.0),
     "Adam outside": (lambda net: AdamOutside(net, 0.02), 1e-2),
-    "both": (lambda net: AdamOutside(net, 0.02, batch=20), 1e-2),
 }
 RIDGE = "multi-task features, ridge head"
 
