@@ -26,8 +26,9 @@ def conjugate_gradients(product: Product, b: Tensor, steps: int = 10) -> Tensor:
     """Solve `H v = b` for a symmetric positive H by so many products (Hestenes and Stiefel 1952).
 
     In exact arithmetic as many steps as H has different eigenvalues are enough. It ends for good
-    where it meets a direction in which H does not curve upwards, as may be where phi is no minimum.
-    Runs under `torch.vmap`.
+    where it meets a direction in which H does not curve upwards, as may be where phi is no minimum:
+    the result is then that of the products before, zero if it is the first. What is not a number
+    comes out as such. Runs under `torch.vmap`.
 
     Args:
         product: multiplies a vector of the shape of `b` with H.
@@ -45,15 +46,15 @@ def conjugate_gradients(product: Product, b: Tensor, steps: int = 10) -> Tensor:
     _check(steps)
     v, r, p = torch.zeros_like(b), b, b
     rr = r @ r
-    going = rr > 0
+    going = rr != 0  # so that NaN goes on, and is seen
     for _ in range(steps):
         Hp = product(p)
         curvature = p @ Hp
-        going = going & (curvature > 0)
+        going = going & ~(curvature <= 0)
         alpha = torch.where(going, rr / curvature, 0.0)
         v, r = v + alpha * p, r - alpha * Hp
         before, rr = rr, r @ r
-        going = going & (rr > 0)
+        going = going & (rr != 0)
         p = r + torch.where(going, rr / before, 0.0) * p
     return v
 
@@ -128,6 +129,9 @@ def implicit_gradient(
     Returns:
         `(m,)`, without a graph of its own.
 
+    Raises:
+        ValueError: if phi or theta is no vector.
+
     Example:
         >>> def inner(phi, theta):  # the solution is phi = theta / 3
         ...     return phi.square().sum() + 0.5 * (phi - theta).square().sum()
@@ -135,11 +139,16 @@ def implicit_gradient(
         >>> implicit_gradient(inner, lambda phi: phi.sum(), theta / 3, theta)
         tensor([0.3333, 0.3333])
     """
+    if phi.dim() != 1 or theta.dim() != 1:
+        raise BadArgument(
+            "phi and theta must be vectors, but have the shapes "
+            f"{tuple(phi.shape)} and {tuple(theta.shape)}: flatten them."
+        )
     phi, theta = phi.detach(), theta.detach()
     # One graph, of the inner gradient; every product is one backward pass through it.
-    _, pull = vjp(grad(inner_loss), phi, theta)
-    v = solve(lambda u: pull(u)[0], grad(outer_loss)(phi))
-    return -pull(v)[1].detach()
+    _, times = vjp(grad(inner_loss), phi, theta)
+    v = solve(lambda u: times(u)[0], grad(outer_loss)(phi))
+    return -times(v)[1].detach()
 
 
 def _check(steps: int) -> None:

@@ -97,6 +97,22 @@ def test_conjugate_gradients_go_on_at_the_solution_and_run_under_vmap():
 def test_conjugate_gradients_make_no_step_along_what_curves_down():
     h, b = torch.diag(torch.tensor([-1.0, -2.0])), torch.tensor([1.0, 0.0])
     assert conjugate_gradients(lambda v: h @ v, b, steps=3).tolist() == [0.0, 0.0]
+    h, b = torch.diag(torch.tensor([1.0, -0.5])), torch.tensor([1.0, 1.0])  # met at the second
+    found = [conjugate_gradients(lambda v: h @ v, b, steps=k) for k in (1, 2, 5)]
+    assert found[0].any() and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_conjugate_gradients_hide_no_nan():
+    for factor, b in ((2.0, torch.tensor([torch.nan, 1.0])), (torch.nan, torch.ones(2))):
+        for steps in (1, 3):
+            found = conjugate_gradients(lambda v, k=factor: k * v, b, steps)
+            assert found.isnan().all()
+
+
+@pytest.mark.parametrize(("phi", "theta"), [((2, 2), (4,)), ((4,), (2, 2))])
+def test_matrices_are_refused(phi, theta):
+    with pytest.raises(BadArgument, match=r"must be vectors.*\(2, 2\).*flatten them"):
+        implicit_gradient(inner, outer, torch.zeros(phi), torch.zeros(theta))
 
 
 @pytest.mark.parametrize(

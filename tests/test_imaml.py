@@ -10,6 +10,7 @@ from torch.func import jacrev
 from torch.nn import functional as F
 
 from metautils.data.regression import SINUSOIDS, RegressionSampler
+from metautils.episode import Episode
 from metautils.errors import BadArgument
 from metautils.evaluate import squared_errors
 from metautils.learners.imaml import IMAML
@@ -144,6 +145,10 @@ def test_it_learns_sinusoids():
     ("make", "told"),
     [
         (lambda: IMAML(mlp(), lam=0.0), r"lam=0\.0, products=5: above 0"),
+        (lambda: IMAML(mlp(), lam=float("nan")), "lam=nan, products=5: above 0"),
+        (lambda: IMAML(mlp(), first_order=True), "leave out first_order"),
+        (lambda: IMAML(mlp(), learned_rates=True), "leave out learned_rates"),
+        (lambda: IMAML(mlp(), multi_step_loss=3), "leave out multi_step_loss"),
         (lambda: IMAML(mlp(), products=0), "products=0: above 0 and at least 1"),
         (lambda: IMAML(mlp(), only=["head"]), "IMAML adapts every weight"),
         (lambda: IMAML(one_block(lambda c: StepBatchNorm(c, steps=1))), "no running statistics"),
@@ -152,6 +157,25 @@ def test_it_learns_sinusoids():
 def test_what_it_cannot_do_is_told(make, told):
     with pytest.raises(BadArgument, match=told):
         make()
+
+
+def test_labels_beyond_the_outputs_are_told_in_training_too():
+    x, y = torch.rand(1, 3, 4), torch.arange(3)[None]
+    with pytest.raises(ValueError, match="Support labels run from 0 to 2, but the network has 2"):
+        IMAML(mlp(inputs=4, outputs=2), 0.1, 2).meta_loss(Episode(x, y, x, y))
+
+
+def test_evaluation_mode_takes_its_own_number_of_steps():
+    learner, e = small(16, test_steps=3).eval(), waves()
+    predictions = learner.meta_loss(e)[1]
+    torch.testing.assert_close(predictions, learner(e.support_x, e.support_y, e.query_x))
+    assert not torch.allclose(predictions, learner.train().meta_loss(e)[1])
+
+
+def test_value_of_the_meta_loss_is_the_loss_to_the_last_bit():
+    learner, e = small(), waves()
+    loss, predictions = learner.meta_loss(e)
+    assert loss == learner.loss(predictions, e.query_y)
 
 
 def test_settings_are_in_the_checkpoint():

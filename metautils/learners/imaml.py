@@ -26,13 +26,14 @@ class IMAML(MAML):
     the inner problem, which `lam` makes easy and `steps` have to see to.
 
     Args:
-        net, lr, steps, options: as in `MAML`; every weight is adapted.
+        net, lr, steps, options: as in `MAML`; every weight that is not frozen is adapted.
         lam: lambda, the strength of the pull, above 0. The rate must stay below 2 over lambda and
             the greatest curvature of the support loss together.
         products: Hessian-vector products of the conjugate gradients, for each task.
 
     Raises:
-        ValueError: if lam is not above 0, products is below 1, or as `MAML` does.
+        ValueError: if lam is not above 0, products is below 1, an option is one that only steps
+            with a graph can have, or as `MAML` does.
 
     Example:
         >>> from metautils.nets import mlp
@@ -51,10 +52,12 @@ class IMAML(MAML):
         products: int = 5,
         **options: object,
     ) -> None:
+        for name in options.keys() & {"first_order", "learned_rates", "multi_step_loss"}:
+            raise BadArgument(f"IMAML does not go back through its steps: leave out {name}.")
         super().__init__(
             net, lr, steps, first_order=True, learned_rates=False, multi_step_loss=0, **options
         )
-        if lam <= 0 or products < 1:
+        if not lam > 0 or products < 1:
             raise BadArgument(f"lam={lam}, products={products}: above 0 and at least 1 are needed.")
         if self.statistics or self.options["only"]:
             raise BadArgument(
@@ -80,11 +83,14 @@ class IMAML(MAML):
 
     def meta_loss(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """A scalar of the query loss's value and the implicit gradient, and the predictions."""
+        if not episode.support_y.is_floating_point():
+            self._check_labels(episode.support_x, episode.support_y)
+        steps = self.steps if self.training else self.test_steps
         theta = self._theta()
         start = _flat(theta)  # (parameters,)
 
         def task(x: Tensor, y: Tensor, queries: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-            f = next(islice(self.path(x, y), self.steps, None))
+            f = next(islice(self.path(x, y), steps, None))
 
             def at(phi: Tensor) -> Adapted:
                 return Adapted(self.net, {**f.parameters, **_named(phi, theta)}, f.buffers)
@@ -105,7 +111,7 @@ class IMAML(MAML):
             towards, predictions = self._over_tasks(task, *parts)
             loss = self.loss(predictions, episode.query_y)
         slope = towards.mean(0) @ start
-        return loss + slope - slope.detach(), predictions
+        return loss + (slope - slope.detach()), predictions
 
     def extra_repr(self) -> str:
         """The settings, so that a checkpoint knows its learner."""
