@@ -50,7 +50,7 @@ SMALL: dict[str, dict[str, str]] = {
         "for k in range(11):": "for k in 11 * [0]:",
     },
     "03_hypergradients": {
-        "SEEDS = 16": "SEEDS = 2",
+        "SEEDS = 20": "SEEDS = 2",
         "OUTER = 12": "OUTER = 2",
         "steps=80)": "steps=3)",
         "(10, 30, 100, 300, 1000)": "(2, 1000)",
