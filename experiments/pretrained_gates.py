@@ -2,13 +2,12 @@
 
 Its start c_0 is a body that tells all training characters apart, with a head of zeros, and its
 untrained gates make small steps of gradient descent: nearly the tuned fine-tuning of
-finetune_omniglot. From there it is meta-trained. Beside it the start alone, learned by first-order
-MAML with a fixed rate on the same network and as many tasks as the record of the Meta-LSTM.
+finetune_omniglot. From there it is meta-trained; beside it the start alone is, by first-order MAML
+with the rate of fine-tuning.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from metautils.data.bank import Parts
 from metautils.evaluate import evaluate, interval95
 from metautils.learners.base import Learner
 from metautils.learners.meta_lstm import CLIP, MetaLSTM
-from metautils.nets import Conv4, classifier
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
 from records import Experiment
@@ -37,12 +35,7 @@ def begin(
     turned = parts.train.with_rotations()
     rows, first = [], None
     for name, arm in arms.items():
-        if arm["pretrained"]:
-            net = with_head(pretrained(turned, seed, **body, path=out / "body.pt"), ways)
-        else:
-            torch.manual_seed(seed)
-            norm = partial(nn.BatchNorm2d, momentum=0.95)
-            net = classifier(Conv4(turned.images.shape[1], width=32, norm=norm), 32, ways)
+        net = with_head(pretrained(turned, seed, **body, path=out / "body.pt"), ways)
         torch.manual_seed(seed)
         learner = _learner(net, arm).to(device)
         minutes = 0.0
@@ -81,16 +74,13 @@ def _told(right: Tensor, first: Tensor) -> list[str]:
 
 
 ARMS = {
-    "fine-tuned": {"pretrained": True, "tasks": 0, "steps": 20, "rate": 0.01},
-    "Meta-LSTM begun there": {"pretrained": True, "tasks": 0, "steps": 20},
+    "fine-tuned": {"tasks": 0, "steps": 20, "rate": 0.01},
+    "Meta-LSTM begun there": {"tasks": 0, "steps": 20},
     "Meta-LSTM trained from there": {
-        "pretrained": True, "tasks": 500, "steps": 20, "meta_rate": 1e-4,
+        "tasks": 500, "steps": 20, "meta_rate": 1e-4,
     },
     "start alone from there": {
-        "pretrained": True, "tasks": 500, "steps": 20, "rate": 0.01, "meta_rate": 1e-4,
-    },
-    "start alone from scratch": {
-        "pretrained": False, "tasks": 12000, "steps": 5, "rate": 0.1, "meta_rate": 2e-3,
+        "tasks": 500, "steps": 20, "rate": 0.01, "meta_rate": 1e-4,
     },
 }  # fmt: skip
 _TINY = {name: arm | {"tasks": min(arm["tasks"], 2), "steps": 1} for name, arm in ARMS.items()}
