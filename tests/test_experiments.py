@@ -103,6 +103,9 @@ def test_listing_and_a_budget_of_minutes(monkeypatch, capsys, tmp_path):
     assert listed.count("\n") == len(EXPERIMENTS) + 1
     assert records.main(["--device", "cpu", "--minutes", "9"]) == 0
     # What reads a run that is not there needs that run first, and its minutes.
+    assert ran == ["compare_imaml"]  # of 6 minutes; the first that fits
+    del ran[:]
+    assert records.main(["protonet_omniglot_rotated_per_episode", "--device", "cpu"]) == 0
     assert ran == ["protonet_omniglot", "protonet_omniglot_rotated_per_episode"]
     del ran[:]
     assert records.main(["inside_maml", "--device", "cpu"]) == 0

