@@ -270,5 +270,5 @@ def test_a_cell_with_tensors_on_two_devices_is_found(pretended, monkeypatch):
 
 
 def test_what_cannot_be_cut_any_more_is_told():
-    with pytest.raises(ValueError, match=re.escape("holds no 'tasks=200, steps=600'")):
+    with pytest.raises(ValueError, match=re.escape("holds no 'tasks=200, steps=1200'")):
         ondevice.smaller("01_concepts", ["x = 1"])

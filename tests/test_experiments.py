@@ -101,12 +101,12 @@ def test_listing_and_a_budget_of_minutes(monkeypatch, capsys, tmp_path):
     listed = capsys.readouterr().out
     assert all(f"{name}: missing" in listed for name in EXPERIMENTS)
     assert listed.count("\n") == len(EXPERIMENTS) + 1
+    few = [name for name in EXPERIMENTS if name.startswith("protonet")]
+    monkeypatch.setattr(records, "known", lambda: {name: EXPERIMENTS[name] for name in few})
     assert records.main(["--device", "cpu", "--minutes", "9"]) == 0
     # What reads a run that is not there needs that run first, and its minutes.
-    assert ran == ["compare_imaml"]  # of 6 minutes; the first that fits
-    del ran[:]
-    assert records.main(["protonet_omniglot_rotated_per_episode", "--device", "cpu"]) == 0
     assert ran == ["protonet_omniglot", "protonet_omniglot_rotated_per_episode"]
+    monkeypatch.setattr(records, "known", lambda: EXPERIMENTS)
     del ran[:]
     assert records.main(["inside_maml", "--device", "cpu"]) == 0
     assert ran == ["maml_omniglot", "inside_maml"]

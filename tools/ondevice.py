@@ -23,7 +23,7 @@ BENCHMARKS = sorted(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").
 # What takes long, and what stands in its place in a small run.
 SMALL: dict[str, dict[str, str]] = {
     "01_concepts": {
-        "tasks=200, steps=600": "tasks=20, steps=3",
+        "tasks=200, steps=1200": "tasks=20, steps=3",
         "in (1, 5, 15)": "in (1, 5)",
         "tasks=40": "tasks=2",
         "tasks=60": "tasks=2",
