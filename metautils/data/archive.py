@@ -38,11 +38,11 @@ def images(
         paths = sorted(folder.rglob(f"*{ending}"), key=lambda path: path.as_posix())
         for path in paths:
             name = f"{part}/{path.parent.relative_to(folder).as_posix()}"
-            yield name, _read(path, str(path), mode, data)
+            yield name, pixels(path, str(path), mode, data)
     elif archive.is_file():
-        for name, content in _unzipped(archive):
+        for name, content in unzipped(archive):
             if name.startswith(f"{part}/") and name.endswith(ending):
-                yield name.rsplit("/", 1)[0], _read(io.BytesIO(content), name, mode, data)
+                yield name.rsplit("/", 1)[0], pixels(io.BytesIO(content), name, mode, data)
     else:
         raise DataError(
             f"Neither {archive} nor {folder}/ exists: put {data}'s {part} there, or unset "
@@ -50,7 +50,8 @@ def images(
         )
 
 
-def _unzipped(archive: Path) -> Iterator[tuple[str, bytes]]:
+def unzipped(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file, ordered by name; `DataError` if it is damaged."""
     try:
         with zipfile.ZipFile(archive) as file:
             for name in sorted(file.namelist()):
@@ -60,7 +61,8 @@ def _unzipped(archive: Path) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"{archive} is damaged ({error}): fetch it again.") from error
 
 
-def _read(file: Path | io.BytesIO, name: str, mode: str, data: str) -> np.ndarray:
+def pixels(file: Path | io.BytesIO, name: str, mode: str, data: str) -> np.ndarray:
+    """Of an image, see `images`; `DataError` by its `name` if it is damaged."""
     try:
         with Image.open(file) as image:
             return np.array(image.convert(mode))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metautils.data.archive import images
+from metautils.data.archive import images, pixels, unzipped
 from metautils.data.bank import ClassBank, Parts, cached, split_classes
 from metautils.errors import BadArgument
 from metautils.files import DataError, cache_folder, data_folder
@@ -54,6 +56,62 @@ def everything() -> ClassBank:
     """All 1,623 characters, background set first, from the decoded cache or the images."""
     folder = data_folder()  # a wrong METAUTILS_DATA is told even where the cache would do
     return cached("omniglot-28", lambda: _decode(_source(folder)))
+
+
+class OneShotRun(NamedTuple):
+    """One run of Lake et al.'s one-shot task.
+
+    Attributes:
+        support_x: one drawing of each class, `(classes, 1, 28, 28)` uint8.
+        query_x: drawings to be told, `(queries, 1, 28, 28)` uint8.
+        query_y: the class of each, `(queries,)` int64.
+
+    Example:
+        >>> run = OneShotRun(*(torch.zeros(n, 1, 28, 28) for n in (20, 20)), torch.arange(20))
+        >>> len(run.support_x), len(run.query_y)
+        (20, 20)
+    """
+
+    support_x: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+
+def one_shot_runs() -> list[OneShotRun]:
+    """The 20 runs on which Lake et al. (2015) compared people and machines.
+
+    In each, twenty characters of one alphabet of the evaluation set, each drawn once by one person
+    to learn from and once by another to be told: 400 questions in all.
+
+    Raises:
+        DataError: if the archive cannot be found or is damaged.
+    """
+    archive = (data_folder() or Path()) / "omniglot-one-shot" / "all_runs.zip"
+    if not archive.is_file():
+        raise DataError(
+            f"{archive} does not exist: set METAUTILS_DATA to a folder that holds omniglot-one-shot"
+            "/all_runs.zip, which is in python/one-shot-classification of "
+            "https://github.com/brendenlake/omniglot."
+        )
+    files, found = dict(unzipped(archive)), []
+    for labels in (name for name in files if name.endswith("class_labels.txt")):
+        try:  # each line: the file of a query, the file of the drawing of its class
+            pairs = [line.split() for line in files[labels].decode().splitlines() if line.strip()]
+            queries, answers = zip(*pairs, strict=True)
+            classes = sorted(set(answers))
+            drawings = [
+                _shrink(torch.stack([_inked(files[name], name) for name in names]))
+                for names in (classes, queries)
+            ]
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{archive} is damaged ({labels}: {error}): fetch it again.") from error
+        found.append(OneShotRun(*drawings, torch.tensor([classes.index(x) for x in answers])))
+    return found
+
+
+def _inked(content: bytes, name: str) -> Tensor:
+    """`(105, 105)` uint8, ink 255 on 0."""
+    return torch.from_numpy(255 - pixels(io.BytesIO(content), name, "L", "Omniglot"))
 
 
 def _source(folder: Path | None) -> Path:
