@@ -1,7 +1,9 @@
 """Every experiment runs, at a tiny size, and tells when its record is out of date."""
 
+import io
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -37,6 +39,11 @@ def place(tmp_path_factory):
             for k in range(images):
                 pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{k}.png")
+    runs = root / "data" / "omniglot-one-shot" / "all_runs.zip"
+    runs.parent.mkdir()
+    with zipfile.ZipFile(runs, "w") as file:
+        for name, content in one_shot_run(random).items():
+            file.writestr(name, content)
     drawings = blobs(classes=18, images=21, size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -44,6 +51,20 @@ def place(tmp_path_factory):
         patch.setattr(data.glyphs, "load", lambda seed=0: split_classes(drawings, (8, 5, 5)))
         patch.setattr(results, "folder", lambda: root / "results")
         yield root
+
+
+def one_shot_run(random):
+    """The files of a run of three classes and three questions."""
+    files = {}
+    for name in ("training/class", "test/item"):
+        for k in (1, 2, 3):
+            png = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (105, 105), dtype=np.uint8)).save(png, "PNG")
+            files[f"run01/{name}0{k}.png"] = files[f"run02/{name}0{k}.png"] = png.getvalue()
+    for run in ("run01", "run02"):
+        lines = (f"{run}/test/item0{k}.png {run}/training/class0{k}.png" for k in (1, 2, 3))
+        files[f"{run}/class_labels.txt"] = "\n".join(lines).encode()
+    return files
 
 
 def run(name):
