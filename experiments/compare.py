@@ -112,24 +112,14 @@ def compare(
     for training in trainings:
         shots, tests = training["shots"], [tuple(test) for test in training["tests"]]
 
-        def trained(name: str, seed: int, shots: int = shots) -> tuple[Learner, float]:
-            """A learner, and the minutes that its training took."""
-            torch.manual_seed(seed)
-            learner = makers[name]().to(device)
-            learn = EpisodeSampler(parts.train, ways, shots, queries, seed=seed)
-            few = min(ways, len(parts.validation))
-            choose = EpisodeSampler(parts.validation, few, shots, queries, seed=seed)
-            slug = f"{shots}shot-{name}-{seed}".replace(", ", "-").replace(" ", "-")
-            history = meta_train(
-                learner, learn, steps, 1e-3, choose, min(100, episodes),
-                every=max(1, steps // 10), out=out / slug,
-            )  # fmt: skip
-            return learner, history.seconds / 60
-
         found, minutes = {}, {}
         for name in makers:
             if name not in left_out:
-                runs = [trained(name, seed) for seed in seeds]
+                runs = [
+                    trained(makers[name], parts, device, seed, steps, ways, shots, queries,
+                            min(100, episodes), out / slug(name, shots, seed))
+                    for seed in seeds
+                ]  # fmt: skip
                 minutes[name] = sum(m for _, m in runs) / len(runs)
                 found[name] = [tested(each, parts.test, tests, episodes) for each, _ in runs]
         learned = f"{steps} episodes of {ways}-way {shots}-shot"
@@ -138,6 +128,35 @@ def compare(
             tables.append(table(title, k, found, minutes))
     what = f"Learners that compare, trained alike on {source}, {episodes} test episodes"
     return {"what": what, "tables": tables}
+
+
+def trained(
+    make: Callable[[], Learner],
+    parts: Parts,
+    device: torch.device,
+    seed: int,
+    steps: int,
+    ways: int,
+    shots: int,
+    queries: int,
+    choices: int,
+    out: Path,
+) -> tuple[Learner, float]:
+    """A learner with the weights that did best on validation classes, and minutes of training."""
+    torch.manual_seed(seed)
+    learner = make().to(device)
+    learn = EpisodeSampler(parts.train, ways, shots, queries, seed=seed)
+    few = min(ways, len(parts.validation))
+    choose = EpisodeSampler(parts.validation, few, shots, queries, seed=seed)
+    history = meta_train(
+        learner, learn, steps, 1e-3, choose, choices, every=max(1, steps // 10), out=out
+    )
+    return learner, history.seconds / 60
+
+
+def slug(name: str, shots: int, seed: int) -> str:
+    """A name for the folder of a training."""
+    return f"{shots}shot-{name}-{seed}".replace(", ", "-").replace(" ", "-")
 
 
 def tested(
