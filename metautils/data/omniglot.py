@@ -61,10 +61,9 @@ def everything() -> ClassBank:
 class OneShotRun(NamedTuple):
     """One run of Lake et al.'s one-shot task.
 
-    Attributes:
-        support_x: one drawing of each class, `(classes, 1, 28, 28)` uint8.
-        query_x: drawings to be told, `(queries, 1, 28, 28)` uint8.
-        query_y: the class of each, `(queries,)` int64.
+    `support_x` is one drawing of each class, `(classes, 1, 28, 28)` uint8, `query_x` are drawings
+    to be told, `(queries, 1, 28, 28)` uint8, and `query_y` says the class of each, `(queries,)`
+    int64.
 
     Example:
         >>> run = OneShotRun(*(torch.zeros(n, 1, 28, 28) for n in (20, 20)), torch.arange(20))
