@@ -1,4 +1,4 @@
-"""Learners that compare, trained alike: the records compare_omniglot and compare_cifar_fs.
+"""Learners that compare, trained alike: compare_omniglot, compare_cifar_fs, distances_omniglot.
 
 The same embedding, training episodes, steps and choice on validation classes for all; the same
 test episodes too, so that differences are taken task by task.
@@ -7,20 +7,27 @@ test episodes too, so that differences are taken task by task.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metautils import data
 from metautils.data.bank import ClassBank, Parts
 from metautils.evaluate import Evaluation, evaluate, interval95
 from metautils.learners.base import Learner, task_loss
 from metautils.learners.matching_net import MatchingNet
-from metautils.learners.protonet import ProtoNet
+from metautils.learners.protonet import (
+    ProtoNet,
+    ScaledCosine,
+    cosine,
+    euclidean,
+    squared_euclidean,
+)
 from metautils.learners.relation_net import RelationModule, RelationNet
-from metautils.nets import Conv4
+from metautils.nets import Conv4, LearnedScale
 from metautils.sampling import EpisodeSampler
 from metautils.train import meta_train
 from records import Experiment
@@ -46,10 +53,46 @@ def methods(channels: int, size: int) -> dict[str, Callable[[], Learner]]:
     }
 
 
+class Scaled(nn.Module):
+    """Squared distance times a factor that is learned."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.scale = LearnedScale(start)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of all pairs, as `squared_euclidean`."""
+        return self.scale(squared_euclidean(a, b))
+
+    def __repr__(self) -> str:
+        return f"Scaled(start={self.scale.start:g})"
+
+
+def cosine_x_10(a: Tensor, b: Tensor) -> Tensor:
+    """Ten times `cosine`."""
+    return 10 * cosine(a, b)
+
+
+def distances(channels: int, size: int) -> dict[str, Callable[[], Learner]]:
+    """Makers of Prototypical Networks that differ in how they compare, with four poolings."""
+    makers: dict[str, Callable[[], Any]] = {
+        "squared distance": lambda: squared_euclidean,
+        "squared distance, factor learned from 0.1": lambda: Scaled(0.1),
+        "plain distance": lambda: euclidean,
+        "1 - cosine": lambda: cosine,
+        "10 (1 - cosine)": lambda: cosine_x_10,
+        "1 - cosine, factor learned from 10": ScaledCosine,
+    }
+    return {
+        name: lambda make=make: ProtoNet(Conv4(channels), make()) for name, make in makers.items()
+    }
+
+
 def compare(
     out: Path,
     device: torch.device,
     *,
+    learners: Callable[[int, int], dict[str, Callable[[], Learner]]] = methods,
     source: str,
     rotations: bool,
     trainings: list[dict[str, Any]],
@@ -64,29 +107,19 @@ def compare(
     parts = Parts(*(bank.to(device) for bank in data.load(source)))
     if rotations:
         parts = Parts(*(bank.with_rotations() for bank in parts))
-    makers = methods(*parts.test.images.shape[1:3])
+    makers = learners(*parts.test.images.shape[1:3])
     tables = []
     for training in trainings:
         shots, tests = training["shots"], [tuple(test) for test in training["tests"]]
 
-        def trained(name: str, seed: int, shots: int = shots) -> tuple[Learner, float]:
-            """A learner, and the minutes that its training took."""
-            torch.manual_seed(seed)
-            learner = makers[name]().to(device)
-            learn = EpisodeSampler(parts.train, ways, shots, queries, seed=seed)
-            few = min(ways, len(parts.validation))
-            choose = EpisodeSampler(parts.validation, few, shots, queries, seed=seed)
-            slug = f"{shots}shot-{name}-{seed}".replace(", ", "-").replace(" ", "-")
-            history = meta_train(
-                learner, learn, steps, 1e-3, choose, min(100, episodes),
-                every=max(1, steps // 10), out=out / slug,
-            )  # fmt: skip
-            return learner, history.seconds / 60
-
         found, minutes = {}, {}
         for name in makers:
             if name not in left_out:
-                runs = [trained(name, seed) for seed in seeds]
+                runs = [
+                    trained(makers[name], parts, device, seed, steps, ways, shots, queries,
+                            min(100, episodes), out / slug(name, shots, seed))
+                    for seed in seeds
+                ]  # fmt: skip
                 minutes[name] = sum(m for _, m in runs) / len(runs)
                 found[name] = [tested(each, parts.test, tests, episodes) for each, _ in runs]
         learned = f"{steps} episodes of {ways}-way {shots}-shot"
@@ -95,6 +128,35 @@ def compare(
             tables.append(table(title, k, found, minutes))
     what = f"Learners that compare, trained alike on {source}, {episodes} test episodes"
     return {"what": what, "tables": tables}
+
+
+def trained(
+    make: Callable[[], Learner],
+    parts: Parts,
+    device: torch.device,
+    seed: int,
+    steps: int,
+    ways: int,
+    shots: int,
+    queries: int,
+    choices: int,
+    out: Path,
+) -> tuple[Learner, float]:
+    """A learner with the weights that did best on validation classes, and minutes of training."""
+    torch.manual_seed(seed)
+    learner = make().to(device)
+    learn = EpisodeSampler(parts.train, ways, shots, queries, seed=seed)
+    few = min(ways, len(parts.validation))
+    choose = EpisodeSampler(parts.validation, few, shots, queries, seed=seed)
+    history = meta_train(
+        learner, learn, steps, 1e-3, choose, choices, every=max(1, steps // 10), out=out
+    )
+    return learner, history.seconds / 60
+
+
+def slug(name: str, shots: int, seed: int) -> str:
+    """A name for the folder of a training."""
+    return f"{shots}shot-{name}-{seed}".replace(", ", "-").replace(" ", "-")
 
 
 def tested(
@@ -139,6 +201,19 @@ EXPERIMENTS = {
             **SHARED,
         },
         minutes=75,
+        tiny={**TINY, "seeds": [0, 1]},
+    ),
+    "distances_omniglot": Experiment(
+        partial(compare, learners=distances),
+        {
+            "source": "omniglot",
+            "rotations": True,
+            "trainings": [{"shots": 1, "tests": [[5, 1], [20, 1]]}],
+            "seeds": [0, 1, 2],
+            "left_out": [],
+            **SHARED,
+        },
+        minutes=30,
         tiny={**TINY, "seeds": [0, 1]},
     ),
     "compare_cifar_fs": Experiment(

@@ -207,12 +207,12 @@ OMNIGLOT = {
     ),
 }
 CIFAR_FS = {f"{kind} {shots}-shot": _compares(kind, shots) for kind in COMPARE for shots in (1, 5)}
-_TINY = {"ways": 3, "queries": 1, "tasks": 1, "steps": 2}
+TINY = {"ways": 3, "queries": 1, "tasks": 1, "steps": 2}
 
 
 def _experiment(source: str, arms: dict[str, Any]) -> Experiment:
     """Its minutes are a guess: nobody has waited for a CPU."""
-    tiny = {"source": "glyphs", "arms": {k: v | _TINY for k, v in arms.items()}, "episodes": 2}
+    tiny = {"source": "glyphs", "arms": {k: v | TINY for k, v in arms.items()}, "episodes": 2}
     settings = {"source": source, "arms": arms, "seeds": [0], "episodes": 600}
     return Experiment(tested, settings, 6000, tiny)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from metautils import methods, runs
-from metautils.files import read_json
+from metautils.files import read_json, write_json
+from metautils.runs import RECORD
 from records import RUNS, Experiment
 
 TINY = {"steps": 2, "ways": 2, "tasks": 1, "queries": 1, "episodes": 2}
@@ -25,6 +26,34 @@ def trained(
     )  # fmt: skip
 
 
+def seeds(
+    out: Path, device: torch.device, *, method: str, source: str, seeds: list[int],
+    preset: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The same training several times: the seed draws the split, the weights and the episodes."""
+    found = [
+        trained(out / str(s), device, method=method, source=source, seed=s, preset=preset)
+        for s in seeds
+    ]
+    rows = []
+    for k, first in enumerate(found[0]["evaluations"]):
+        each = torch.tensor([record["evaluations"][k]["accuracy"] for record in found]).double()
+        widest = max(record["evaluations"][k]["ci95"] for record in found)
+        rows.append([
+            f"{first['ways']}-way {first['shots']}-shot", *(f"{x:.2f}" for x in each.tolist()),
+            f"{each.mean():.2f}", f"{each.std():.2f}", f"{widest:.2f}",
+        ])  # fmt: skip
+    heads = ["Test", *(f"Seed {s}" for s in seeds), "Mean", "Standard deviation over seeds",
+             "Interval of one seed's test, ±"]  # fmt: skip
+    title = f"`train {method} --data {source} --preset full --seed ...`, accuracy in percent"
+    record = {
+        "what": f"{methods.known()[method].title} on {source}, trained with several seeds",
+        "tables": [{"title": title, "heads": heads, "rows": rows}],
+    }
+    write_json(record, out / RECORD)  # so that who reads these runs knows that they are finished
+    return record
+
+
 def tested(out: Path, device: torch.device, *, run: str, **how: Any) -> dict[str, Any]:
     """Another test of a training."""
     path = runs.evaluate_again(RUNS / run, device=device, **how)
@@ -38,6 +67,13 @@ def _trained(method: str, source: str, minutes: float, **changed: int) -> Experi
     return Experiment(trained, settings, minutes, {"source": "glyphs", "preset": preset | TINY})
 
 
+def _seeds(method: str, source: str, minutes: float, few: list[int]) -> Experiment:
+    preset = asdict(methods.known()[method].presets["full"])
+    settings = {"method": method, "source": source, "seeds": few, "preset": preset}
+    tiny = {"source": "glyphs", "seeds": [0, 1], "preset": preset | TINY}
+    return Experiment(seeds, settings, minutes, tiny)
+
+
 def _tested(
     run: str, minutes: float = 1, tiny: dict[str, Any] | None = None, **how: Any
 ) -> Experiment:
@@ -47,6 +83,7 @@ def _tested(
 EXPERIMENTS = {
     "protonet_glyphs": _trained("protonet", "glyphs", 10),
     "protonet_omniglot": _trained("protonet", "omniglot", 7),
+    "protonet_seeds_omniglot": _seeds("protonet", "omniglot", 20, [0, 1, 2]),
     "matching_omniglot": _trained("matching", "omniglot", 25),
     "relation_omniglot": _trained("relation", "omniglot", 45),
     "maml_omniglot": _trained("maml", "omniglot", 60),

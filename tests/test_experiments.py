@@ -1,7 +1,10 @@
 """Every experiment runs, at a tiny size, and tells when its record is out of date."""
 
+import dataclasses
+import io
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -14,10 +17,13 @@ from metautils import data, finetune, pretrained, results
 from metautils.classifier import Classifier
 from metautils.data import labelled
 from metautils.data.bank import split_classes
+from metautils.learners.protonet import ProtoNet
 from metautils.runs import RECORD
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import certainty
 import family
+import one_shot
 import recipes
 import records
 import tasks
@@ -37,6 +43,11 @@ def place(tmp_path_factory):
             for k in range(images):
                 pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{k}.png")
+    runs = root / "data" / "omniglot-one-shot" / "all_runs.zip"
+    runs.parent.mkdir()
+    with zipfile.ZipFile(runs, "w") as file:
+        for name, content in one_shot_run(random).items():
+            file.writestr(name, content)
     drawings = blobs(classes=18, images=21, size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -44,6 +55,20 @@ def place(tmp_path_factory):
         patch.setattr(data.glyphs, "load", lambda seed=0: split_classes(drawings, (8, 5, 5)))
         patch.setattr(results, "folder", lambda: root / "results")
         yield root
+
+
+def one_shot_run(random):
+    """The files of a run of three classes and three questions."""
+    files = {}
+    for name in ("training/class", "test/item"):
+        for k in (1, 2, 3):
+            png = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (105, 105), dtype=np.uint8)).save(png, "PNG")
+            files[f"run01/{name}0{k}.png"] = files[f"run02/{name}0{k}.png"] = png.getvalue()
+    for run in ("run01", "run02"):
+        lines = (f"{run}/test/item0{k}.png {run}/training/class0{k}.png" for k in (1, 2, 3))
+        files[f"{run}/class_labels.txt"] = "\n".join(lines).encode()
+    return files
 
 
 def run(name):
@@ -183,3 +208,28 @@ def test_table_of_the_grid_is_paired_with_the_probe():
     assert told["rows"][1] == [
         "SGD", "moving", "87.5", "+37.5 ± 46.9", "100.0", "+50.0 ± 56.6",
     ]  # fmt: skip
+
+
+def test_tasks_of_one_alphabet():
+    drawings = blobs(classes=9, images=8)
+    names = tuple(f"set/{'abc'[k // 3]}/character{k}" for k in range(9))
+    bank = dataclasses.replace(drawings, names=names).with_rotations()
+    e = one_shot.OfOneAlphabet(bank, 6, 1, 5, seed=0)
+    for _ in range(20):
+        classes, rows = e.indices()
+        assert len({names[int(k) % 9].split("/")[1] for k in classes[0]}) == 1
+        assert classes.unique().numel() == 6
+        assert rows.unique().numel() == 6 * 6
+        assert (rows // 8 == classes[..., None]).all()
+
+
+def test_strangers_are_asked_about_and_not_shown():
+    """Of classes that anyone can tell apart every stranger is farther away than every friend."""
+    bank = blobs(classes=20, images=21, size=8)
+    logits, known = certainty.strangers(ProtoNet(nn.Flatten()), bank, 5, 2, 7, seed=0)
+    assert logits.shape == (7, 6 * 15, 5)
+    assert known.shape == (7, 6 * 15)
+    assert known.sum(1).tolist() == [5 * 15] * 7
+    area, let_in = certainty._areas(logits.amax(-1), known)
+    assert area > 0.999
+    assert let_in < 1

@@ -20,7 +20,7 @@ ORDER = (
     ("pretrained",),
     ("sampling", "adapt", "hypergradients"),
     ("learners.",),
-    ("evaluate",),
+    ("evaluate", "certainty"),
     ("train", "fit"),
     ("methods",),
     ("results",),

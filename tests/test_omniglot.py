@@ -173,7 +173,77 @@ def test_page_of_ink_and_page_of_paper():
     assert omniglot._shrink(pages).flatten(1).unique(dim=1).flatten().tolist() == [255, 0]
 
 
+# Lake et al.'s one-shot task
+
+
+def runs_folder(root, contents):
+    """The folder of data, with an archive of runs."""
+    source = root / "omniglot-one-shot"
+    source.mkdir(parents=True)
+    with zipfile.ZipFile(source / "all_runs.zip", "w") as file:
+        for name, content in contents.items():
+            file.writestr(name, content)
+    return root
+
+
+def two_runs():
+    """Files of two runs of two classes; in the second the answers stand the other way round."""
+    files = {}
+    for run, answers in (("run01", (1, 2)), ("run02", (2, 1))):
+        lines = [f"{run}/test/item0{k}.png {run}/training/class0{a}.png"
+                 for k, a in enumerate(answers, 1)]  # fmt: skip
+        files[f"{run}/class_labels.txt"] = "\n".join([*lines, ""]).encode()
+        for k, a in enumerate(answers, 1):
+            files[f"{run}/training/class0{k}.png"] = png(k)
+            files[f"{run}/test/item0{k}.png"] = png(a)  # the same drawing as its class
+    return files
+
+
+def test_one_shot_runs_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAUTILS_DATA", str(runs_folder(tmp_path, two_runs())))
+    found = omniglot.one_shot_runs()
+    assert [run.query_y.tolist() for run in found] == [[0, 1], [1, 0]]
+    for run in found:
+        assert run.support_x.shape == run.query_x.shape == (2, 1, 28, 28)
+        assert torch.equal(run.query_x, run.support_x[run.query_y])
+        assert run.support_x.flatten(1).amax(1).min() > 150
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"run02/test/item01.png": None},
+        {"run01/test/item02.png": b"x"},
+        {"run01/class_labels.txt": b"one two three"},
+    ],
+)
+def test_spoilt_runs_are_told(tmp_path, monkeypatch, spoilt):
+    files = {name: x for name, x in (two_runs() | spoilt).items() if x is not None}
+    sentence = r"(all_runs.zip is damaged|item02.png is no readable image).*: fetch .* again"
+    told_of_folder(omniglot.one_shot_runs, monkeypatch, runs_folder(tmp_path, files), sentence)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_missing_runs_are_told(tmp_path, monkeypatch, known):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("METAUTILS_DATA", raising=False)
+    if known:
+        monkeypatch.setenv("METAUTILS_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"all_runs.zip does not exist: set METAUTILS_DATA to a"):
+        omniglot.one_shot_runs()
+
+
 # With the real images
+
+
+def test_real_runs_are_of_the_evaluation_alphabets(real):
+    runs, test = omniglot.one_shot_runs(), omniglot.load("background").test
+    known = {image.numpy().tobytes() for image in test.images}
+    assert len(runs) == 20
+    for run in runs:
+        assert run.query_y.sort().values.tolist() == list(range(20))
+        for image in (*run.support_x, *run.query_x):
+            assert image.numpy().tobytes() in known
 
 
 @pytest.fixture(scope="module")

