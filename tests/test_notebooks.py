@@ -63,7 +63,6 @@ def test_first_cells_install_on_colab_and_hold_the_parameters(text: Path):
 # leaves this list and never enters it.
 TOO_LONG = {
     "02_maml": 93,
-    "06_prototypical_networks": 96,
 }
 
 
