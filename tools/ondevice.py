@@ -98,7 +98,7 @@ SMALL: dict[str, dict[str, str]] = {
         "range(20), Epi": "range(2), Epi",
     },
     "07_relation_networks": {
-        "steps=120, tests=300": "steps=3, tests=4",
+        "steps=120, game=150, tests=300": "steps=3, game=3, tests=4",
         "unfold(0, 10, 1)": "unfold(0, 2, 1)",
         "tasks=200": "tasks=4",
         "tasks=100": "tasks=4",
