@@ -99,7 +99,6 @@ SMALL: dict[str, dict[str, str]] = {
     },
     "07_relation_networks": {
         "steps=120, game=150, tests=300": "steps=3, game=3, tests=4",
-        "unfold(0, 10, 1)": "unfold(0, 2, 1)",
         "tasks=200": "tasks=4",
         "tasks=100": "tasks=4",
         "tasks=60": "tasks=4",
