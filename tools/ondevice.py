@@ -99,12 +99,13 @@ SMALL: dict[str, dict[str, str]] = {
         "for _ in range(10)": "for _ in range(2)",
     },
     "07_relation_networks": {
-        "steps=150, tests=300": "steps=3, tests=4",
-        "unfold(0, 10, 1)": "unfold(0, 2, 1)",
+        "steps=120, game=150, tests=300": "steps=3, game=3, tests=4",
         "tasks=200": "tasks=4",
+        "tasks=100": "tasks=4",
+        "tasks=60": "tasks=4",
+        "tasks=30": "tasks=2",
         "ways, 1, 5, tasks": "ways, 1, 1, tasks",
-        "range(300)": "range(3)",
-        "one_each, 200": "one_each, 2",
+        "seed=seed), 120": "seed=seed), 2",
     },
     "08_pretraining_finetuning": {
         "epochs=12,": "epochs=1,",
