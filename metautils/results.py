@@ -218,12 +218,14 @@ def page() -> str:
 # By how the names of the records begin; what is under no other heading is under the last.
 SECTIONS = {
     "At full scale": ("full_scale_",),
-    "Learners that compare": ("compare_",),
+    "Learners that compare": (
+        "compare_", "distances_", "protonet_seeds_", "one_shot_", "strangers_", "calibration",
+    ),
     "Learned optimisers": ("optimizer_",),
     "Bodies that have learned elsewhere": ("finetune_", "transfer_", "pretrained_"),
     "Speed": ("speed_",),
     "Inside the methods": ("",),
-}
+}  # fmt: skip
 
 
 def _measurements() -> list[str]:
