@@ -126,6 +126,7 @@ def _arm(
 ARMS = {
     "60 ways, rotations as classes": _arm(),
     "20 ways": _arm(20),
+    "20 ways, three times as many episodes": _arm(20, steps=9000),
     "20 ways, upright only": _arm(20, rotations=False),
 }
 EXPERIMENTS = {
