@@ -7,6 +7,7 @@ a query of a known class scores higher than a stranger.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,72 +134,67 @@ def calibrated(
     episodes: int,
 ) -> dict[str, Any]:
     """A table for each test: accuracy, the error before and after one temperature."""
-    tables = []
-    for found in (_of_drawings(device, drawings), _of_photos(device, photos)):
-        for title, ways, shots, parts, arms in found:
-            rows = []
-            for name, learners in arms.items():
-                each = [_judged(x, parts, ways, shots, episodes, bins) for x in learners]
-                accuracy, before, t, after = torch.tensor(each).double().mean(0).tolist()
-                rows.append([name, f"{accuracy:.2f}", f"{before:.2f}", f"{t:.3g}", f"{after:.2f}"])
-                print(title, *rows[-1], flush=True)
-            tables.append({"title": f"{title}, {episodes} episodes", "heads": HEADS, "rows": rows})
+    tables: dict[str, list[list[str]]] = {}
+    arms = itertools.chain(_of_drawings(drawings, device), _of_photos(photos, device))
+    for source, name, tests, parts, learners in arms:
+        each = torch.tensor([_judged(x, parts, tests, episodes, bins) for x in learners]).double()
+        for (ways, shots), found in zip(tests, each.mean(0).tolist(), strict=True):  # over seeds
+            accuracy, before, t, after = found
+            row = [name, f"{accuracy:.2f}", f"{before:.2f}", f"{t:.3g}", f"{after:.2f}"]
+            title = f"{ways}-way {shots}-shot, {source}, {episodes} episodes"
+            tables.setdefault(title, []).append(row)
+            print(title, *row, flush=True)
     return {
         "what": "Expected calibration error before and after one temperature, which is fitted on "
         "validation classes",
-        "tables": tables,
+        "tables": [{"title": t, "heads": HEADS, "rows": rows} for t, rows in tables.items()],
     }
 
 
-Found = Iterator[tuple[str, int, int, Parts, dict[str, list[Learner]]]]
+Found = Iterator[tuple[str, str, list[tuple[int, int]], Parts, list[Learner]]]
 
 
-def _of_drawings(device: torch.device, how: dict[str, Any]) -> Found:
+def _of_drawings(how: dict[str, Any], device: torch.device) -> Found:
     """The learners of distances_omniglot, and their tests."""
     parts = Parts(*(b.to(device).with_rotations() for b in data.load(how["source"])))
     makers = distances(*parts.test.images.shape[1:3])
     numbers = (how[name] for name in ("steps", "ways", "shots", "queries", "choices"))
     steps, ways, shots, queries, choices = numbers
-    arms = {
-        name: [
+    for name, make in makers.items():
+        learners = [
             trained(make, parts, device, seed, steps, ways, shots, queries, choices,
                     RUNS / how["run"] / slug(name, shots, seed))[0]
             for seed in how["seeds"]
-        ]
-        for name, make in makers.items()
-    }  # fmt: skip
-    for n, k in how["tests"]:
-        yield f"{how['source']}, {n}-way {k}-shot", n, k, parts, arms
+        ]  # fmt: skip
+        yield how["source"], name, [tuple(test) for test in how["tests"]], parts, learners
 
 
-def _of_photos(device: torch.device, how: dict[str, Any]) -> Found:
+def _of_photos(how: dict[str, Any], device: torch.device) -> Found:
     """The learners of full_scale_cifar_fs that compare, each with its own test."""
     source, arms, out = how["source"], how["arms"], RUNS / how["run"]
     learn({out: {"source": source, "arms": arms, "seeds": [0]}}, device, float("inf"))
     parts = Parts(*(bank.to(device) for bank in data.load(source)))
-    for shots in sorted({arm["shots"] for arm in arms.values()}):
-        found = {}
-        for name, arm in arms.items():
-            if arm["shots"] == shots:
-                problem = Problem(parts.test.images.shape[1:], arm["ways"], 1)
-                learner = learner_of(arm, problem, 0)
-                learner.load_state_dict(load_safely(file_of(out, name, 0))["weights"])
-                found[name.partition(" ")[0]] = [learner.to(device)]
-        yield f"{source}, 5-way {shots}-shot", 5, shots, parts, found
+    for name, arm in arms.items():
+        problem = Problem(parts.test.images.shape[1:], arm["ways"], 1)
+        learner = learner_of(arm, problem, 0)
+        learner.load_state_dict(load_safely(file_of(out, name, 0))["weights"])
+        yield source, name.partition(" ")[0], [(5, arm["shots"])], parts, [learner.to(device)]
 
 
 def _judged(
-    learner: Learner, parts: Parts, ways: int, shots: int, episodes: int, bins: int
-) -> tuple[float, float, float, float]:
-    """Accuracy, error, temperature, and the error with it."""
-    light = without_embedding(learner.eval())
-    chosen = min(ways, len(parts.validation))
-    t = fit_temperature(
-        *answers(light, parts.validation.map(learner.embed), chosen, shots, episodes, 1)
-    )
-    logits, labels = answers(light, parts.test.map(learner.embed), ways, shots, episodes, 0)
-    before, after = (calibration_error((logits / x).softmax(-1), labels, bins) for x in (1, t))
-    return 100 * float((logits.argmax(-1) == labels).float().mean()), before, t, after
+    learner: Learner, parts: Parts, tests: list[tuple[int, int]], episodes: int, bins: int
+) -> list[tuple[float, float, float, float]]:
+    """For each test accuracy, error, temperature, and the error with it."""
+    light, found = without_embedding(learner.eval()), []
+    validation, test = (bank.map(learner.embed) for bank in parts[1:])
+    for ways, shots in tests:
+        few = min(ways, len(validation))
+        t = fit_temperature(*answers(light, validation, few, shots, episodes, 1))
+        logits, labels = answers(light, test, ways, shots, episodes, 0)
+        errors = [calibration_error((logits / x).softmax(-1), labels, bins) for x in (1, t)]
+        right = 100 * float((logits.argmax(-1) == labels).float().mean())
+        found.append((right, errors[0], t, errors[1]))
+    return found
 
 
 HEADS = ["Learner", "Accuracy", "Calibration error, %", "Temperature", "Error after it, %"]
