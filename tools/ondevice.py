@@ -93,6 +93,7 @@ SMALL: dict[str, dict[str, str]] = {
         "parts.test.to": "parts.test.select(range(60)).to",
         "world.train.some": "world.train.select(range(60)).some",
         "world.test.to": "world.test.select(range(60)).to",
+        "episodes=300": "episodes=4",
         "episodes=120": "episodes=4",
         "tasks=60": "tasks=2",
         "range(200)": "range(3)",
