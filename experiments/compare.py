@@ -93,6 +93,7 @@ def compare(
     device: torch.device,
     *,
     learners: Callable[[int, int], dict[str, Callable[[], Learner]]] = methods,
+    who: str = "Learners that compare",
     source: str,
     rotations: bool,
     trainings: list[dict[str, Any]],
@@ -126,7 +127,7 @@ def compare(
         for k, (n, few) in enumerate(tests):
             title = f"{n}-way {few}-shot, trained on {learned}"
             tables.append(table(title, k, found, minutes))
-    what = f"Learners that compare, trained alike on {source}, {episodes} test episodes"
+    what = f"{who}, trained alike on {source}, {episodes} test episodes"
     return {"what": what, "tables": tables}
 
 
@@ -204,7 +205,7 @@ EXPERIMENTS = {
         tiny={**TINY, "seeds": [0, 1]},
     ),
     "distances_omniglot": Experiment(
-        partial(compare, learners=distances),
+        partial(compare, learners=distances, who="Distances of Prototypical Networks"),
         {
             "source": "omniglot",
             "rotations": True,
