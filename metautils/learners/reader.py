@@ -47,7 +47,7 @@ class Reader(Learner):
             ValueError: if there is no support image, a label has no input, or the sequence is
                 longer than `length`.
         """
-        self._check(support_y)
+        self.check(support_y)
         x = torch.cat([support_x, query_x], dim=1)  # (tasks, S + Q, ...)
         features = single(self.embed(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         support, queries = features.split([support_x.shape[1], query_x.shape[1]], dim=1)
@@ -65,7 +65,8 @@ class Reader(Learner):
         """Labels `(tasks, n)` as inputs `(tasks, n, ways)`."""
         return F.one_hot(labels, self.ways).to(like.dtype)
 
-    def _check(self, support_y: Tensor) -> None:
+    def check(self, support_y: Tensor) -> None:
+        """Refuse labels `(tasks, S)` that cannot be read; errors as of `read`."""
         if not support_y.numel():
             raise BadArgument("The support set is empty: give one image or more to learn from.")
         low, high = int(support_y.min()), int(support_y.max())

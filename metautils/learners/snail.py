@@ -66,9 +66,7 @@ class TCBlock(nn.Sequential):
 
     def __init__(self, inputs: int, length: int, filters: int) -> None:
         layers = math.ceil(math.log2(length))
-        super().__init__(
-            *(DenseBlock(inputs + k * filters, 2**k, filters) for k in range(layers))
-        )
+        super().__init__(*(DenseBlock(inputs + k * filters, 2**k, filters) for k in range(layers)))
         self.outputs = inputs + layers * filters
 
     def forward(self, support: Tensor, queries: Tensor) -> Pair:
