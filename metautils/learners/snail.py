@@ -124,6 +124,7 @@ class SNAIL(Reader):
         features: its dimensions.
         ways: classes in a task.
         length: the most images in a sequence, the query among them.
+        width: values of the first attention; the paper's other sizes are multiples of its 32.
 
     Example:
         >>> learner = SNAIL(nn.Linear(4, 8), features=8, ways=5, length=6)
@@ -132,14 +133,16 @@ class SNAIL(Reader):
         torch.Size([2, 10, 5])
     """
 
-    def __init__(self, embed: nn.Module, features: int, ways: int, length: int) -> None:
+    def __init__(
+        self, embed: nn.Module, features: int, ways: int, length: int, width: int = 32
+    ) -> None:
         super().__init__(embed, ways)
-        self.length = length
-        first = AttentionBlock(features + ways, 64, 32)
-        second = TCBlock(first.outputs, length, 128)
-        third = AttentionBlock(second.outputs, 256, 128)
-        fourth = TCBlock(third.outputs, length, 128)
-        fifth = AttentionBlock(fourth.outputs, 512, 256)
+        self.length, self.width = length, width
+        first = AttentionBlock(features + ways, 2 * width, width)
+        second = TCBlock(first.outputs, length, 4 * width)
+        third = AttentionBlock(second.outputs, 8 * width, 4 * width)
+        fourth = TCBlock(third.outputs, length, 4 * width)
+        fifth = AttentionBlock(fourth.outputs, 16 * width, 8 * width)
         self.blocks = nn.ModuleList([first, second, third, fourth, fifth])
         self.head = nn.Linear(fifth.outputs, ways)
 
@@ -175,7 +178,7 @@ class SNAIL(Reader):
 
     def extra_repr(self) -> str:
         """The setting, so that a checkpoint knows its learner."""
-        return f"ways={self.ways}, length={self.length}"
+        return f"ways={self.ways}, length={self.length}, width={self.width}"
 
 
 def _made(problem: Problem) -> SNAIL:
