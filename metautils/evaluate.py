@@ -14,6 +14,7 @@ from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
 from metautils.data.regression import RegressionSampler
 from metautils.errors import BadArgument
 from metautils.learners.base import Learner, check_targets, takes_features
+from metautils.learners.mann import LSTMReader, in_a_random_row
 from metautils.precision import fast_autocast
 from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
@@ -125,6 +126,37 @@ def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) 
         return (predictions - targets).square().flatten(1).mean(1)
 
     return _per_task(learner, sampler, episodes, score)
+
+
+@torch.no_grad()
+def by_presentation(learner: LSTMReader, sampler: EpisodeSampler, episodes: int) -> Tensor:
+    """Accuracy at the first, second, ... time that a class is met (Santoro et al. 2016, table 1).
+
+    The images of a task, support and queries, stand in one row in a random order, and each is to
+    be named before its label is told. At the first presentation nothing can be known but which
+    labels are still free.
+
+    Args:
+        learner: one that answers at every place of a row.
+        sampler: of the episodes; of its generator the order comes too.
+        episodes: how many.
+
+    Returns:
+        `(episodes, shots + queries)`, percent of an episode's classes that are named rightly. The
+        learner is left in the mode that it had.
+    """
+    was_training, rows = learner.training, []
+    learner.eval()
+    for _ in range(-(-episodes // sampler.tasks)):
+        x, y = in_a_random_row(sampler.sample(), sampler.generator)
+        with fast_autocast(x.device):
+            right = learner.in_a_row(x, y).argmax(-1) == y  # (tasks, T)
+        # The stable order by labels brings each class's presentations together as they came.
+        order = y.argsort(dim=1, stable=True)  # (tasks, T)
+        each = right.gather(1, order).unflatten(1, (sampler.ways, -1))  # (tasks, ways, n)
+        rows.append(100 * each.double().mean(1))  # (tasks, n)
+    learner.train(was_training)
+    return torch.cat(rows)[:episodes].cpu()
 
 
 @torch.no_grad()

@@ -84,7 +84,8 @@ def train(
     asked = method.tests(told.ways, told.shots)
     _settings(_rotated(parts.test, rotations), asked)  # told before the training, not after it
     banks = [_rotated(bank, rotations).to(device) for bank in parts[:2]]
-    problem = Problem(banks[0].images.shape[1:], told.ways, len(banks[0]), transductive)
+    shape = banks[0].images.shape[1:]
+    problem = Problem(shape, told.ways, len(banks[0]), transductive, told.shots)
     learner = _learner(method, problem, seed, body).to(device)
     if body is not None:
         banks[1] = banks[1].some(max(VALIDATED, told.shots + told.queries))
@@ -211,7 +212,8 @@ def trained_body(run: Path) -> tuple[pretrained.Body, int]:
 def _trained(run: Path, record: dict[str, Any], image: torch.Size, transductive: bool) -> Learner:
     """The learner of a training with its weights, for images of a shape."""
     classes = record["classes"]["train"] * (4 if record["rotations"] == "classes" else 1)
-    problem = Problem(image, record["train"]["ways"], classes, transductive)
+    how = record["train"]
+    problem = Problem(image, how["ways"], classes, transductive, how["shots"])
     method = methods.find(record["method"])
     learner = _learner(method, problem, record["seed"], record.get("body"))
     load_weights(learner, run / CHECKPOINT)

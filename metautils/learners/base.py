@@ -153,6 +153,7 @@ class Problem:
         ways: classes in a task.
         classes: number of training classes.
         transductive: whether the queries of a task may be normalised by one another.
+        shots: support images a class.
 
     Example:
         >>> problem = Problem(Size([1, 28, 28]), ways=5, classes=64)
@@ -164,6 +165,7 @@ class Problem:
     ways: int
     classes: int
     transductive: bool = True
+    shots: int = 1
 
 
 @dataclass(frozen=True)
