@@ -151,11 +151,21 @@ def short_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     import metautils.evaluate
     from metautils import data, runs
-    from metautils.learners import baseline, maml, matching_net, meta_lstm, protonet, relation_net
+    from metautils.learners import (
+        baseline,
+        maml,
+        mann,
+        matching_net,
+        meta_lstm,
+        protonet,
+        relation_net,
+        snail,
+    )  # fmt: skip
     from metautils.learners.relation_net import RelationModule
     from metautils.nets import Conv4
 
-    for module in (baseline, maml, matching_net, meta_lstm, protonet, relation_net):
+    convolutional = baseline, mann, maml, matching_net, meta_lstm, protonet, relation_net, snail
+    for module in convolutional:
         monkeypatch.setattr(module, "Conv4", lambda *a, **k: Conv4(*a, **(k | {"width": 4})))
     monkeypatch.setattr(relation_net, "RelationModule", partial(RelationModule, 4))
     monkeypatch.setattr(metautils.evaluate, "IMAGES_AT_ONCE", 100)

@@ -127,8 +127,9 @@ def test_evaluate_on_another_set(tmp_path):
     assert rows == [(5, 1, 15), (5, 5, 15)]
 
 
+READ = ("lstm", "mann", "snail")
 ADAPTING = pytest.mark.parametrize(
-    "method", [n for n, m in methods.known().items() if not m.any_ways]
+    "method", [n for n, m in methods.known().items() if not m.any_ways and n not in READ]
 )
 
 
@@ -163,6 +164,21 @@ def test_learner_that_adapts(tmp_path, method, capsys):
     assert other["baseline"] == record["baseline"]
     assert other["evaluations"][0]["ways"] == 3
     assert "3-way 2-shot: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", READ)
+def test_learner_that_reads(tmp_path, method):
+    """As many classes and images as it was trained for, and never one query by another's help."""
+    assert train(tmp_path, "--ways", 3, "--shots", 2, method=method) == 0
+    record = read_json(tmp_path / "record.json")
+    assert (record["method"], record["rotations"]) == (method, "classes")
+    assert not record["train"]["transductive"]
+    assert record["learner"].startswith("ways=3, ")
+    rows = [(e["ways"], e["shots"], e["transductive"]) for e in record["evaluations"]]
+    assert rows == [(3, 2, False)]
+    assert again(tmp_path, "--rotations", "classes") == 0
+    same = read_json(retested(tmp_path, "glyphs-*-classes"))
+    assert same["evaluations"] == record["evaluations"]
 
 
 COMPARING = pytest.mark.parametrize("method", [name for name, m in KNOWN if m.any_ways])

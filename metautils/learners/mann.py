@@ -18,7 +18,12 @@ from metautils.precision import all_digits, single
 
 
 class LSTMState(NamedTuple):
-    """What an LSTM remembers: h and c, each `(n, hidden)`."""
+    """What an LSTM remembers: h and c, each `(n, hidden)`.
+
+    Example:
+        >>> LSTMReader(nn.Identity(), features=8, ways=5, hidden=6).begin(2).h.shape
+        torch.Size([2, 6])
+    """
 
     h: Tensor
     c: Tensor
@@ -127,6 +132,11 @@ class MemoryState(NamedTuple):
 
     h and c are the controller's, `(n, hidden)`; M is the memory, `(n, slots, width)`; w_r the
     weights that were read with, `(n, heads, slots)`, and w_u the usage, `(n, slots)`.
+
+    Example:
+        >>> state = MANN(nn.Identity(), features=8, ways=5, slots=7, width=3).begin(2)
+        >>> state.M.shape, state.w_r.shape
+        (torch.Size([2, 7, 3]), torch.Size([2, 4, 7]))
     """
 
     h: Tensor

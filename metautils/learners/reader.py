@@ -24,6 +24,13 @@ class Reader(Learner):
 
     Attributes:
         length: the most images that a sequence may have, the query among them; None: any number.
+
+    Example:
+        >>> reader = Reader(nn.Identity(), ways=5).eval()
+        >>> x, y = torch.rand(2, 5, 4), torch.arange(5).expand(2, 5)
+        >>> support, labels, queries, order = reader.read(x, y, torch.rand(2, 10, 4))
+        >>> support.shape, bool((labels == order).all())
+        (torch.Size([2, 5, 4]), True)
     """
 
     length: int | None = None

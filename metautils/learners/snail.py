@@ -62,6 +62,11 @@ class TCBlock(nn.Sequential):
         inputs: channels.
         length: of the sequence.
         filters: channels that each of the ceil(log2 length) blocks adds.
+
+    Example:
+        >>> block = TCBlock(8, length=6, filters=4)
+        >>> [each.dilation for each in block], block.outputs
+        ([1, 2, 4], 20)
     """
 
     def __init__(self, inputs: int, length: int, filters: int) -> None:
