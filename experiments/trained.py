@@ -87,6 +87,7 @@ EXPERIMENTS = {
     "matching_omniglot": _trained("matching", "omniglot", 25),
     "relation_omniglot": _trained("relation", "omniglot", 85, steps=20000),
     "relation_omniglot_5_shot": _trained("relation", "omniglot", 45, shots=5),
+    "snail_omniglot_5w1s": _trained("snail", "omniglot", 30),
     "maml_omniglot": _trained("maml", "omniglot", 60),
     "meta_lstm_omniglot_5w1s": _trained("meta_lstm", "omniglot", 55),
     "meta_lstm_omniglot_5w5s": _trained("meta_lstm", "omniglot", 110, shots=5),
