@@ -78,8 +78,9 @@ def recalled(
         net = _reader(arm, train, rows["ways"]).to(device)
         minutes = "-"
         if arm["kind"] != "nearest":
+            length = steps * arm.get("times", 1)
             history = meta_train(
-                net, EpisodeSampler(train, **rows, seed=seed), steps, lr, clip=10.0, every=250,
+                net, EpisodeSampler(train, **rows, seed=seed), length, lr, clip=10.0, every=250,
                 out=out / title,
             )  # fmt: skip
             minutes = f"{history.seconds / 60:.0f}"
@@ -99,7 +100,7 @@ def recalled(
 
 
 def _reader(arm: dict[str, Any], train: ClassBank, ways: int) -> LSTMReader:
-    how = {key: value for key, value in arm.items() if key != "kind"}
+    how = {key: value for key, value in arm.items() if key not in ("kind", "times")}
     if arm["kind"] == "nearest":
         return NearestBefore(nn.Identity(), FEATURES, ways)
     kind = {"mann": MANN, "lstm": LSTMReader}[arm["kind"]]
@@ -120,6 +121,7 @@ EXPERIMENTS = {
             "arms": {
                 "Nearest image before": {"kind": "nearest"},
                 "LSTM": {"kind": "lstm"},
+                "LSTM, five times as many steps": {"kind": "lstm", "times": 5},
                 "MANN, cosines x 10": {"kind": "mann", "scale": 10.0},
                 "MANN, plain cosines": {"kind": "mann", "scale": 1.0},
             },
