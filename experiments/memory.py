@@ -126,7 +126,7 @@ EXPERIMENTS = {
                 "MANN, plain cosines": {"kind": "mann", "scale": 1.0},
             },
         },
-        45,
+        55,
         {
             "source": "glyphs",
             "embedding": {"steps": 2, "ways": 5},

@@ -124,7 +124,7 @@ METHODS = {
     "relation": Method(
         "Relation Networks",
         _made,
-        {"quick": Preset(200, 20, 1, 5), "full": Preset(10000, 20, 1, 5, episodes=1000)},
+        {"quick": Preset(200, 20, 1, 5), "full": Preset(20000, 20, 1, 5, episodes=1000)},
         rotations="classes",
         any_ways=True,
     )
