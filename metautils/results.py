@@ -219,8 +219,8 @@ def page() -> str:
 SECTIONS = {
     "At full scale": ("full_scale_",),
     "Learners that compare": (
-        "compare_", "distances_", "protonet_seeds_", "relation_protocol_", "one_shot_", "strangers_",
-        "calibration",
+        "compare_", "distances_", "protonet_seeds_", "relation_protocol_", "one_shot_",
+        "strangers_", "calibration",
     ),
     "Learners that read": ("memory_",),
     "Learned optimisers": ("optimizer_",),
