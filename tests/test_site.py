@@ -110,6 +110,13 @@ def stored_cells(text: Path) -> list[str]:
     return [cell.source for cell in cells if cell.cell_type == "markdown"]
 
 
+def test_the_reference_shows_every_learner(site: Path):
+    """By its file; the page that lists them is made where the package does not lie."""
+    text = (site / "book" / "api.html").read_text(encoding="utf-8")
+    for path in (ROOT / "metautils" / "learners").glob("[a-z]*.py"):
+        assert f'id="metautils.learners.{path.stem}.' in text, f"{path.stem} is missing"
+
+
 def test_results_are_written_where_pipes_have_another_encoding(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "cp1252")  # as on Windows
     book.write_results(tmp_path / "_generated" / "results.md")

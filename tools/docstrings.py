@@ -8,7 +8,9 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-LEARNERS = Path(__file__).resolve().parents[1] / "metautils" / "learners"
+from metautils import learners
+
+LEARNERS = Path(learners.__path__[0])  # this file is copied to where the site is built
 SECTION = """## {title}
 
 ```{{eval-rst}}

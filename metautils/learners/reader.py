@@ -1,4 +1,4 @@
-"""What learners share that read the support set in a row, one image after the other."""
+"""Reading (image after image): what learners share whose forward pass is the learning."""
 
 from __future__ import annotations
 
