@@ -77,7 +77,7 @@ def test_no_place_sees_a_later_one(block, place):
 
 
 def test_temporal_convolutions_reach_all_places_and_no_more_are_there():
-    """ceil(log2 T) blocks: figure 2b of the paper."""
+    """ceil(log2 T) blocks."""
     for length, layers in ((2, 1), (5, 3), (6, 3), (8, 3), (9, 4), (21, 5), (26, 5)):
         block = TCBlock(8, length, 4)
         assert [b.dilation for b in block] == [2**k for k in range(layers)]

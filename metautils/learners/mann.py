@@ -33,7 +33,7 @@ class LSTMReader(Reader):
     """An LSTM reads the images one by one, each with the label of the one before.
 
     So it answers at every place of a sequence, and learns from all of them: `pieces` puts support
-    and queries into one row, in a random order, as Santoro et al. 2016 do (figure 1a).
+    and queries into one row, in a random order, as Santoro et al. 2016 do.
 
     Args:
         embed: a network `(n, ...)` to `(n, features)`.

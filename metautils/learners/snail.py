@@ -19,7 +19,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class DenseBlock(nn.Module):
-    """A causal convolution over two places, gated, beside its input (figure 2a of the paper).
+    """A causal convolution over two places, gated, beside its input (`DenseBlock` of the paper).
 
     Args:
         inputs: channels.
@@ -56,7 +56,7 @@ def _gated(x: Tensor) -> Tensor:
 
 
 class TCBlock(nn.Sequential):
-    """Dense blocks of dilations 1, 2, 4, ... that together reach all places (figure 2b).
+    """Dense blocks of dilations 1, 2, 4, ... that together reach all places.
 
     Args:
         inputs: channels.
@@ -82,7 +82,7 @@ class TCBlock(nn.Sequential):
 
 
 class AttentionBlock(nn.Module):
-    """Each place reads from itself and those before it, beside its input (figure 2c).
+    """Each place reads from itself and those before it, beside its input (`AttentionBlock`).
 
     Args:
         inputs: channels.
@@ -122,7 +122,7 @@ class AttentionBlock(nn.Module):
 
 
 class SNAIL(Reader):
-    """Attention, temporal convolutions, both again, and attention once more (section 5.1).
+    """Attention, temporal convolutions, both again, and attention once more.
 
     Args:
         embed: a network `(n, ...)` to `(n, dimensions)`.
