@@ -87,7 +87,10 @@ EXPERIMENTS = {
     "matching_omniglot": _trained("matching", "omniglot", 25),
     "relation_omniglot": _trained("relation", "omniglot", 60),
     "relation_omniglot_5_shot": _trained("relation", "omniglot", 60, shots=5, steps=10000),
-    "snail_omniglot_5w1s": _trained("snail", "omniglot", 20),
+    "snail_omniglot_5w1s": _trained("snail", "omniglot", 60),
+    "snail_omniglot_20w1s": _trained(
+        "snail", "omniglot", 60, ways=20, queries=2, tasks=4, steps=12000
+    ),
     "maml_omniglot": _trained("maml", "omniglot", 60),
     "meta_lstm_omniglot_5w1s": _trained("meta_lstm", "omniglot", 55),
     "meta_lstm_omniglot_5w5s": _trained("meta_lstm", "omniglot", 110, shots=5),

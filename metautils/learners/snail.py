@@ -199,7 +199,7 @@ METHODS = {
         _made,
         {
             "quick": Preset(300, 5, 1, 5, tasks=8),
-            "full": Preset(5000, 5, 1, 5, tasks=8, episodes=1000),
+            "full": Preset(15000, 5, 1, 5, tasks=8, episodes=1000),
         },
         rotations="classes",
     )
