@@ -6,7 +6,7 @@ The minutes are the clock's, on a machine with other work: rows of equal steps d
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from metautils.train import meta_train
 from records import Experiment, told
 
 FEATURES = 64
+EMPTY = 1e-6  # what a slot holds before the first image
 
 
 class Standardised(nn.Module):
@@ -50,6 +51,14 @@ class NearestBefore(LSTMReader):
         return named * (torch.arange(x.shape[1], device=x.device) > 0)[:, None]
 
 
+class Blank(MANN):
+    """For comparison: nothing that was written is there any more when the next image comes."""
+
+    def step(self, x: Tensor, state: NamedTuple) -> tuple[Tensor, NamedTuple]:
+        """As of `MANN`, from an empty memory."""
+        return super().step(x, state._replace(M=torch.full_like(state.M, EMPTY)))
+
+
 def recalled(
     out: Path,
     device: torch.device,
@@ -75,12 +84,14 @@ def recalled(
     compare.eval()
     train, test = train.map(compare.embed), test.map(compare.embed)
     tests = EpisodeSampler(test, **rows | {"tasks": 20}, seed=seed)
-    table = []
+    table, nets = [], {}
     for title, arm in arms.items():
         torch.manual_seed(seed)
-        net = _reader(arm, train, rows["ways"]).to(device)
+        net = nets[title] = _reader(arm, train, rows["ways"]).to(device)
         minutes = "-"
-        if arm["kind"] != "nearest":
+        if "of" in arm:
+            net.load_state_dict(nets[arm["of"]].state_dict())
+        elif arm["kind"] != "nearest":
             length = steps * arm.get("times", 1)
             history = meta_train(
                 net, EpisodeSampler(train, **rows, seed=seed), length, lr, clip=10.0, every=250,
@@ -103,10 +114,10 @@ def recalled(
 
 
 def _reader(arm: dict[str, Any], train: ClassBank, ways: int) -> LSTMReader:
-    how = {key: value for key, value in arm.items() if key not in ("kind", "times")}
+    how = {key: value for key, value in arm.items() if key not in ("kind", "times", "of")}
     if arm["kind"] == "nearest":
         return NearestBefore(nn.Identity(), FEATURES, ways)
-    kind = {"mann": MANN, "lstm": LSTMReader}[arm["kind"]]
+    kind = {"mann": MANN, "blank": Blank, "lstm": LSTMReader}[arm["kind"]]
     return kind(Standardised(train), FEATURES, ways, **how)
 
 
@@ -126,10 +137,25 @@ EXPERIMENTS = {
                 "LSTM": {"kind": "lstm"},
                 "LSTM, five times as many steps": {"kind": "lstm", "times": 5},
                 "MANN, cosines x 10": {"kind": "mann", "scale": 10.0},
+                "MANN, cosines x 10, memory blank in the test": {
+                    "kind": "blank",
+                    "scale": 10.0,
+                    "of": "MANN, cosines x 10",
+                },
                 "MANN, plain cosines": {"kind": "mann", "scale": 1.0},
+                "MANN, plain cosines, memory blank in the test": {
+                    "kind": "blank",
+                    "scale": 1.0,
+                    "of": "MANN, plain cosines",
+                },
+                "MANN, cosines x 10, five times as many steps": {
+                    "kind": "mann",
+                    "scale": 10.0,
+                    "times": 5,
+                },
             },
         },
-        55,
+        110,
         {
             "source": "glyphs",
             "embedding": {"steps": 2, "ways": 5},
