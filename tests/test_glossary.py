@@ -16,7 +16,7 @@ import portable
 each_chapter = pytest.mark.parametrize("text", notebooks.chapters(), ids=lambda text: text.stem)
 
 # Words that are mostly used in their everyday sense: they count only after a number, "5-way".
-EVERYDAY = {"way"}
+EVERYDAY = {"way", "key, query and value"}
 NUMBER = r"(?:\d+|[kmn])[-\s]|(?:one|two|three|four|five|ten|twenty)-"
 LINK = r"\{term\}`(?:[^`<]*<)?(?P<target>[^`>]+)>?`"
 
