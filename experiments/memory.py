@@ -59,6 +59,14 @@ class Blank(MANN):
         return super().step(x, state._replace(M=torch.full_like(state.M, EMPTY)))
 
 
+class Another(MANN):
+    """For comparison: a memory as full as usual, but that of another task."""
+
+    def step(self, x: Tensor, state: NamedTuple) -> tuple[Tensor, NamedTuple]:
+        """As of `MANN`, with the memories of a batch exchanged."""
+        return super().step(x, state._replace(M=state.M.roll(1, 0)))
+
+
 def recalled(
     out: Path,
     device: torch.device,
@@ -117,7 +125,7 @@ def _reader(arm: dict[str, Any], train: ClassBank, ways: int) -> LSTMReader:
     how = {key: value for key, value in arm.items() if key not in ("kind", "times", "of")}
     if arm["kind"] == "nearest":
         return NearestBefore(nn.Identity(), FEATURES, ways)
-    kind = {"mann": MANN, "blank": Blank, "lstm": LSTMReader}[arm["kind"]]
+    kind = {"mann": MANN, "blank": Blank, "another": Another, "lstm": LSTMReader}[arm["kind"]]
     return kind(Standardised(train), FEATURES, ways, **how)
 
 
@@ -142,9 +150,19 @@ EXPERIMENTS = {
                     "scale": 10.0,
                     "of": "MANN, cosines x 10",
                 },
+                "MANN, cosines x 10, another task's memory": {
+                    "kind": "another",
+                    "scale": 10.0,
+                    "of": "MANN, cosines x 10",
+                },
                 "MANN, plain cosines": {"kind": "mann", "scale": 1.0},
                 "MANN, plain cosines, memory blank in the test": {
                     "kind": "blank",
+                    "scale": 1.0,
+                    "of": "MANN, plain cosines",
+                },
+                "MANN, plain cosines, another task's memory": {
+                    "kind": "another",
                     "scale": 1.0,
                     "of": "MANN, plain cosines",
                 },

@@ -128,6 +128,14 @@ SMALL: dict[str, dict[str, str]] = {
         "steps=12": "steps=2",
         "photos[:25]": "photos[:3]",
     },
+    "10_memory_attention": {
+        "compare=150, steps=250, wrong=60": "compare=2, steps=5, wrong=3",
+        "15, 600, seed=seed": "15, 20, seed=seed",
+        "(net, exam, 600)": "(net, exam, 20)",
+        "unfold(0, 10, 1)": "unfold(0, 3, 1)",
+        "drawn, 320": "drawn, 32",
+        "(net, long, 300)": "(net, long, 20)",
+    },
     "benchmarks/episodes.py": {
         "\nWAYS, SHOTS": "\nROUNDS, WAYS, SHOTS",
         "EPISODES, ROUNDS = 60, 1, 5, 20, 60, 7": "EPISODES = 1, 6, 1, 5, 20, 2",

@@ -149,9 +149,9 @@ class MemoryState(NamedTuple):
 class MANN(LSTMReader):
     """An LSTM with an external memory, whose least used slots are written to.
 
-    Equations 2 to 8 of the paper, where k and the weights have `heads` rows. It leaves open how
-    several heads write: here head r writes its key k_r to the r-th least used slot, or where it
-    has just read, and all these slots are emptied first.
+    Equations 2 to 8 of the paper, where k and the weights have `heads` rows. How several heads
+    share the least used slots is our choice: head r writes its key k_r to the r-th least used
+    slot, or where it has just read, and all these slots are emptied first.
 
     Args:
         embed, features, ways, hidden: as in `LSTMReader`.
