@@ -129,7 +129,7 @@ SMALL: dict[str, dict[str, str]] = {
         "photos[:25]": "photos[:3]",
     },
     "10_memory_attention": {
-        "compare=150, steps=250, wrong=60": "compare=2, steps=5, wrong=3",
+        "compare=120, steps=250, wrong=60": "compare=2, steps=5, wrong=3",
         "15, 600, seed=seed": "15, 20, seed=seed",
         "(net, exam, 600)": "(net, exam, 20)",
         "unfold(0, 10, 1)": "unfold(0, 3, 1)",
