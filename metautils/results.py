@@ -222,7 +222,7 @@ SECTIONS = {
         "compare_", "distances_", "protonet_seeds_", "relation_protocol_", "one_shot_",
         "strangers_", "calibration",
     ),
-    "Learners that read": ("memory_",),
+    "Learners that read": ("memory_", "snail_start_"),
     "Learned optimisers": ("optimizer_",),
     "Bodies that have learned elsewhere": ("finetune_", "transfer_", "pretrained_"),
     "Speed": ("speed_",),
