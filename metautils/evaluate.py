@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
-from metautils.data.regression import RegressionSampler
+from metautils.data.regression import PointSampler
 from metautils.errors import BadArgument
 from metautils.learners.base import Learner, check_targets, takes_features
 from metautils.learners.mann import LSTMReader, in_a_random_row
@@ -111,7 +111,7 @@ def episode_accuracy(learner: Learner, sampler: EpisodeSampler, episodes: int) -
     return 100 * right
 
 
-def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) -> Tensor:
+def squared_errors(learner: Learner, sampler: PointSampler, episodes: int) -> Tensor:
     """Mean squared error in each of the next `episodes` tasks of `sampler`, `(episodes,)`.
 
     The learner is put into evaluation mode for the while.
@@ -162,7 +162,7 @@ def by_presentation(learner: LSTMReader, sampler: EpisodeSampler, episodes: int)
 @torch.no_grad()
 def _per_task(
     learner: Learner,
-    sampler: EpisodeSampler | RegressionSampler,
+    sampler: EpisodeSampler | PointSampler,
     episodes: int,
     score: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
