@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
-from metautils.data.regression import RegressionSampler
+from metautils.data.regression import PointSampler
 from metautils.errors import BadArgument
 from metautils.learners.base import Learner, check_targets, takes_features
 from metautils.learners.mann import LSTMReader, in_a_random_row
+from metautils.learners.neural_process import ConditionalNeuralProcess
 from metautils.precision import fast_autocast
 from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
@@ -111,7 +113,7 @@ def episode_accuracy(learner: Learner, sampler: EpisodeSampler, episodes: int) -
     return 100 * right
 
 
-def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) -> Tensor:
+def squared_errors(learner: Learner, sampler: PointSampler, episodes: int) -> Tensor:
     """Mean squared error in each of the next `episodes` tasks of `sampler`, `(episodes,)`.
 
     The learner is put into evaluation mode for the while.
@@ -126,6 +128,38 @@ def squared_errors(learner: Learner, sampler: RegressionSampler, episodes: int) 
         return (predictions - targets).square().flatten(1).mean(1)
 
     return _per_task(learner, sampler, episodes, score)
+
+
+def log_likelihood(
+    learner: ConditionalNeuralProcess, sampler: PointSampler, episodes: int
+) -> Tensor:
+    """Mean log likelihood of a target, nats, in each of the next `episodes` tasks, `(episodes,)`.
+
+    Natural logarithms of densities, so it may be above 0. It cannot be compared over two floors
+    under sigma, nor with targets in another unit.
+
+    Args:
+        learner: one with a `predict_distribution`.
+        sampler: of the tasks.
+        episodes: how many.
+    """
+    # (tasks, Q, outputs) to (tasks, Q * outputs) to (tasks,)
+    return _per_task(
+        learner, sampler, episodes, lambda d, y: d.log_prob(y).flatten(1).mean(1), True
+    )
+
+
+def coverage95(learner: ConditionalNeuralProcess, sampler: PointSampler, episodes: int) -> Tensor:
+    """Percent of targets within the band `mean +- 1.96 sigma` in each task, `(episodes,)`.
+
+    95 is right, less is too sure and more not sure enough. Arguments as in `log_likelihood`.
+    """
+
+    def score(d: Normal, y: Tensor) -> Tensor:
+        inside = (y - d.mean).abs() <= 1.96 * d.stddev  # (tasks, Q, outputs)
+        return 100 * inside.flatten(1).float().mean(1)
+
+    return _per_task(learner, sampler, episodes, score, True)
 
 
 @torch.no_grad()
@@ -162,10 +196,12 @@ def by_presentation(learner: LSTMReader, sampler: EpisodeSampler, episodes: int)
 @torch.no_grad()
 def _per_task(
     learner: Learner,
-    sampler: EpisodeSampler | RegressionSampler,
+    sampler: EpisodeSampler | PointSampler,
     episodes: int,
-    score: Callable[[Tensor, Tensor], Tensor],
+    score: Callable[..., Tensor],
+    distribution: bool = False,
 ) -> Tensor:
+    answer = learner.predict_distribution if distribution else learner
     was_training = learner.training
     learner.eval()
     rows = []
@@ -175,7 +211,7 @@ def _per_task(
         # Tasks of large images are drawn together all the same: a seed's episodes stay the same.
         for part in episode.parts(max(1, NUMBERS_AT_ONCE // max(1, numbers))):
             with fast_autocast(part.query_x.device):
-                predictions = learner(part.support_x, part.support_y, part.query_x)
+                predictions = answer(part.support_x, part.support_y, part.query_x)
             rows.append(score(predictions, part.query_y))  # (tasks,)
     learner.train(was_training)
     return torch.cat(rows)[:episodes].cpu()

@@ -14,8 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from metautils.checkpoint import CHECKPOINT, Training
-from metautils.data.quadratics import QuadraticSampler
-from metautils.data.regression import RegressionSampler
+from metautils.data.regression import PointSampler
 from metautils.errors import BadArgument
 from metautils.evaluate import episode_accuracy
 from metautils.learners.base import Learner
@@ -23,7 +22,7 @@ from metautils.precision import all_digits, fast_autocast
 from metautils.progress import progress_bar
 from metautils.sampling import EpisodeSampler
 
-Sampler = EpisodeSampler | RegressionSampler | QuadraticSampler
+Sampler = EpisodeSampler | PointSampler
 
 
 @dataclass

@@ -30,15 +30,23 @@ from metautils import classifier, finetune, methods, pretrained, runs
 from metautils.adapt import SGD, Adam, adapt
 from metautils.checkpoint import device_of
 from metautils.data.quadratics import QuadraticSampler
-from metautils.data.regression import SINUSOIDS, RegressionSampler
-from metautils.evaluate import squared_errors
+from metautils.data.regression import (
+    SINUSOIDS,
+    GaussianProcessSampler,
+    LinearSampler,
+    RegressionSampler,
+)
+from metautils.evaluate import coverage95, log_likelihood, squared_errors
+from metautils.exact import dmmse, gp_posterior, ridge
 from metautils.finetune import Recipe
 from metautils.learners import baseline
 from metautils.learners.base import Learner, Problem
 from metautils.learners.imaml import IMAML
+from metautils.learners.in_context import InContext
 from metautils.learners.learned_optimizer import FromScratch, LSTMOptimizer
 from metautils.learners.maml import FOMAML, MAML
 from metautils.learners.meta_sgd import MetaSGD
+from metautils.learners.neural_process import AttentiveNeuralProcess, ConditionalNeuralProcess
 from metautils.learners.reptile import Reptile
 from metautils.nets import mlp
 from metautils.sampling import EpisodeSampler
@@ -185,6 +193,9 @@ ON_WAVES = {
     "iMAML": lambda: IMAML(mlp(width=8), 0.01),
     "Reptile": lambda: Reptile(mlp(width=8), 0.01),
     "Meta-SGD": lambda: MetaSGD(mlp(width=8), 0.01),
+    "in context": lambda: InContext(1, length=10, width=8),
+    "conditional": lambda: ConditionalNeuralProcess(width=8),
+    "attentive": lambda: AttentiveNeuralProcess(width=8),
 }
 
 
@@ -195,6 +206,30 @@ def test_regression(device, make):
     meta_train(learner, waves, 2, progress=False)
     assert finite(learner, device)
     assert squared_errors(learner, waves, 6).isfinite().all()
+
+
+def test_distributions(device):
+    learner = AttentiveNeuralProcess(width=8).to(device)
+    tasks = GaussianProcessSampler(5, 5, 3, device=device)
+    for judge in (log_likelihood, coverage95):
+        assert judge(learner, tasks, 6).isfinite().all()
+
+
+def test_exact_answers(device):
+    """The same numbers as on the CPU, where the targets lie."""
+    weights = torch.randn(4, 3)
+    here, there = (
+        LinearSampler(3, 5, 5, 2, device=d, noise=0.1, weights=weights).sample()
+        for d in ("cpu", device)
+    )
+    for answer in (
+        lambda *task: ridge(*task, 0.1),
+        lambda *task: dmmse(*task, weights.to(task[0].device), 0.1),
+        lambda *task: gp_posterior(*task, 1.0, 0.1)[1],
+    ):
+        found, expected = (answer(e.support_x, e.support_y, e.query_x) for e in (there, here))
+        assert found.device.type == device
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_learned_optimizer(device):

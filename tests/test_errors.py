@@ -16,7 +16,7 @@ PACKAGE = ROOT / "metautils"
 # and nothing on the command line leads to it. There it would be a fault of the package.
 CALLED_FROM_PYTHON = {
     "adapt", "episode", "nets", "plots", "results", "evaluate",
-    "data.bank", "data.folder", "data.glyphs", "data.quadratics", "data.regression",
+    "data.bank", "data.folder", "data.glyphs", "data.quadratics",
     "learners.learned_optimizer", "learners.maml", "learners.matching_net", "learners.meta_lstm",
 }  # fmt: skip
 

@@ -7,18 +7,23 @@ import pytest
 import torch
 from helpers import blobs, numbered, tiny
 from torch import nn
+from torch.distributions import Normal
 
 from metautils.data.bank import NUMBERS_AT_ONCE, ClassBank
-from metautils.data.regression import LINES, RegressionSampler
+from metautils.data.regression import LINES, GaussianProcessSampler, RegressionSampler
 from metautils.evaluate import (
     Evaluation,
+    coverage95,
     episode_accuracy,
     evaluate,
     interval95,
+    log_likelihood,
     squared_errors,
     wilson95,
 )
+from metautils.exact import gp_posterior
 from metautils.learners.base import Learner
+from metautils.learners.neural_process import ConditionalNeuralProcess
 from metautils.learners.protonet import ProtoNet
 from metautils.sampling import EpisodeSampler
 
@@ -223,6 +228,62 @@ def test_squared_errors_of_regression(error, expected, tasks, episodes):
     assert values.shape == (episodes,)
     torch.testing.assert_close(values, torch.full_like(values, expected), rtol=1e-3, atol=1e-4)
     assert learner.training
+
+
+class Exact(Learner):
+    """The posterior of a Gaussian process, its sigma multiplied by something."""
+
+    factor = 1.0
+
+    def predict_distribution(self, support_x, support_y, query_x):
+        assert not self.training and not torch.is_grad_enabled()
+        mean, std = gp_posterior(support_x, support_y, query_x, length=0.5, noise=0.2)
+        return Normal(mean, self.factor * std)
+
+
+def process(tasks=50, seed=0):
+    return GaussianProcessSampler(4, 20, tasks, seed, length=0.5, noise=0.2)
+
+
+def exact(factor):
+    learner = Exact()
+    learner.factor = factor
+    return learner
+
+
+def test_log_likelihood_by_hand():
+    e = process(2).sample()
+    values = log_likelihood(exact(1.5), process(2), 2)
+    mean, std = gp_posterior(e.support_x, e.support_y, e.query_x, 0.5, 0.2)
+    for k in range(2):
+        pairs = zip(mean[k, :, 0], 1.5 * std[k, :, 0], e.query_y[k, :, 0], strict=True)
+        each = [
+            -0.5 * ((y - m) / s) ** 2 - s.log() - 0.5 * math.log(2 * math.pi) for m, s, y in pairs
+        ]
+        assert float(values[k]) == pytest.approx(float(sum(each) / 20), abs=1e-4)
+
+
+def test_the_exact_distribution_has_the_greatest_likelihood_and_covers_95_percent():
+    """On average: narrower bands cover less and wider ones more."""
+    found = {f: log_likelihood(exact(f), process(), 500).mean() for f in (0.7, 1.0, 1.4)}
+    assert max(found, key=found.get) == 1.0
+    learner = exact(1.0).train()
+    covered = coverage95(learner, process(), 500)
+    assert covered.shape == (500,) and learner.training
+    assert float(covered.mean()) == pytest.approx(95, abs=2 * interval95(covered))
+    # A band of half the width covers 67.3 % of a normal distribution.
+    half = coverage95(exact(0.5), process(), 500)
+    assert float(half.mean()) == pytest.approx(67.3, abs=2 * interval95(half))
+    assert coverage95(exact(9.0), process(), 60).tolist() == [100] * 60
+
+
+def test_neural_process_is_judged_by_its_own_distribution():
+    torch.manual_seed(0)
+    net, e = ConditionalNeuralProcess(width=8), process(3).sample()
+    d = net.predict_distribution(e.support_x, e.support_y, e.query_x)
+    torch.testing.assert_close(
+        log_likelihood(net, process(3), 3), d.log_prob(e.query_y).mean((1, 2)).detach()
+    )
 
 
 def test_bank_too_small_is_told():

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "metautils"
 ORDER = (
     ("errors", "episode", "progress", "shown"),
     ("files",),
-    ("precision", "nets"),
+    ("precision", "nets", "exact"),
     ("checkpoint",),
     ("data.",),
     ("pretrained",),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from metautils.data.regression import PointSampler
 from metautils.episode import Episode
-from metautils.precision import in_float32, on_cpu
 
 
-class QuadraticSampler:
+class QuadraticSampler(PointSampler):
     """Draws episodes without end: in each task a W and a y, whose loss is `|W phi - y|^2 / d`.
 
     A model of d numbers phi that gives W phi has this as its mean squared error. The query set is
@@ -37,6 +34,9 @@ class QuadraticSampler:
         (torch.Size([4, 10, 10]), torch.Size([4, 10, 1]))
     """
 
+    name = "quadratics"
+    told = ("dimensions", "tasks", "spread")
+
     def __init__(
         self,
         dimensions: int = 10,
@@ -50,34 +50,21 @@ class QuadraticSampler:
                 f"dimensions={dimensions}, tasks={tasks}, spread={spread}: at least 1, 1 and 0 are "
                 "needed."
             )
-        self.dimensions, self.tasks, self.spread, self.device = dimensions, tasks, spread, device
-        self.generator = torch.Generator().manual_seed(seed)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What tells these episodes from others, but for the state of the generator."""
-        own = {"seed": self.generator.initial_seed(), "family": "quadratics"}
-        return own | {name: getattr(self, name) for name in ("dimensions", "tasks", "spread")}
+        super().__init__(dimensions, dimensions, tasks, seed, device)
+        self.dimensions, self.spread = dimensions, spread
 
     def sample(self) -> Episode:
         """Draw the next episode: inputs `(tasks, d, d)`, targets `(tasks, d, 1)`."""
-        d = self.dimensions
-        # (tasks, d, d) and (tasks, d, 1)
-        both = self._drawn(torch.randn, d, d + 1)
-        w, y = both.split([d, 1], -1)
-        # (tasks, 1, d) and (tasks, 1, 1)
-        w = (w * self._factors(d) * self._factors(1)).to(self.device)
-        y = y.to(self.device)
+        w, y = (z.to(self.device) for z in self.points(self.dimensions))
         return Episode(w, y, w, y)
+
+    def points(self, n: int) -> tuple[Tensor, Tensor]:
+        """Rows of W, `(tasks, n, d)`, and of y, `(tasks, n, 1)`."""
+        d = self.dimensions
+        # (tasks, n, d) and (tasks, n, 1)
+        w, y = self._drawn(torch.randn, n, d + 1).split([d, 1], -1)
+        # times (tasks, 1, d) and (tasks, 1, 1)
+        return w * self._factors(d) * self._factors(1), y
 
     def _factors(self, count: int) -> Tensor:
         return 10 ** (self.spread * (self._drawn(torch.rand, 1, count) - 0.5))
-
-    def _drawn(self, draw: Callable[..., Tensor], *shape: int) -> Tensor:
-        with on_cpu(), in_float32():  # the same ones everywhere
-            numbers = draw(self.tasks, *shape, generator=self.generator)
-        return numbers.to(torch.get_default_dtype())
-
-    def __iter__(self) -> Iterator[Episode]:
-        while True:
-            yield self.sample()

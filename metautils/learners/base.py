@@ -107,6 +107,30 @@ def check_targets(predictions: Tensor, targets: Tensor) -> None:
         )
 
 
+def check_inputs(x: Tensor, inputs: int) -> None:
+    """Refuse what is not of the shape `(tasks, n, inputs)`."""
+    if x.dim() != 3 or x.shape[-1] != inputs:
+        raise BadArgument(
+            f"Inputs have the shape {tuple(x.shape)}, but the learner was made for "
+            f"(tasks, n, {inputs})."
+        )
+
+
+def check_points(x: Tensor, y: Tensor, inputs: int, outputs: int) -> None:
+    """Refuse points of a function that are not `(tasks, n, inputs)` and `(tasks, n, outputs)`.
+
+    Nor may a target be NaN or infinite: from there it would reach every prediction of its task.
+    """
+    check_inputs(x, inputs)
+    if y.shape != (*x.shape[:2], outputs):
+        raise BadArgument(
+            f"Targets have the shape {tuple(y.shape)}, but for these inputs and this learner they "
+            f"must have {(*x.shape[:2], outputs)}."
+        )
+    if not y.isfinite().all():
+        raise BadArgument("A target is NaN or infinite: leave that point out.")
+
+
 def ways_of(support_y: Tensor) -> int:
     """How many classes the tasks have; each must be in the support set of every task.
 
