@@ -127,6 +127,15 @@ def test_every_stored_figure_has_a_picture_and_alt_text(text: Path):
 
 
 @each_chapter
+def test_a_cell_that_promises_a_figure_shows_one(text: Path):
+    """A figure that is not the last thing of its cell is made, and not shown."""
+    for cell in notebooks.code_cells(stored(text)):
+        if cell.source.startswith("# @title Figure"):
+            kinds = {kind for output in cell.outputs for kind in output.get("data", ())}
+            assert "image/png" in kinds, cell.source.splitlines()[0]
+
+
+@each_chapter
 def test_no_file_is_too_large(text: Path):
     assert notebooks.notebook_of(text).stat().st_size < 2_000_000
 
